@@ -1,0 +1,74 @@
+"""``python -m benchmarks``: run the cases, print JSON lines and a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ray
+
+import lance_ray
+from benchmarks import reading, writing
+from benchmarks.harness import Result, environment, measure, table
+
+AREAS = {"reading": reading.cases, "writing": writing.cases}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    """Run the cases that were asked for; returns what was measured."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("areas", nargs="*", help=f"any of {', '.join(AREAS)}; all by default")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=3, help="counted runs of each side (default 3)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the published sizes (default 1)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one run: does everything work?")
+    parser.add_argument("--data", type=Path, help="folder to keep the tables in (default: a temporary one)")
+    parser.add_argument(
+        "--memory", action="store_true", help="also sample the peak of private memory, in a run of its own"
+    )
+    parser.add_argument("--json", type=Path, help="file to append the JSON lines to")
+    options = parser.parse_args(arguments)
+    scale, repeats = (0.002, 1) if options.smoke else (options.scale, options.repeats)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            include_dashboard=False, log_to_driver=False, object_store_memory=6 * 1024**3, logging_level=logging.ERROR
+        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    lance_ray.patch_ray_data()
+    try:
+        results = list(_measured(options, scale, repeats))
+    finally:
+        if started:
+            ray.shutdown()
+    print(json.dumps(environment()))
+    print(table(results))
+    return results
+
+
+def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterator[Result]:
+    with tempfile.TemporaryDirectory(prefix="lance-ray-bench-") as temporary:
+        folder = options.data or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in (case for area in options.areas or AREAS for case in AREAS[area](folder, scale)):
+            if options.only in case.name:
+                result = measure(case, repeats, memory=options.memory)
+                _emit(result, options.json)
+                yield result
+
+
+def _emit(result: Result, file: Path | None) -> None:
+    print(result.as_json(), flush=True)
+    if file is not None:
+        with file.open("a") as lines:
+            lines.write(result.as_json() + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,200 @@
+"""Paired timings: engine and connector in turn (A B A B ...), wall and CPU seconds of the whole process tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lance
+import psutil
+import pyarrow as pa
+import ray
+
+Run = Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One question: the same work by the engine alone and by the connector; both return the number of rows."""
+
+    name: str
+    engine: Run
+    ours: Run
+    required: float
+    stretch: float
+    absolute: bool = False
+    """Whether the bounds are seconds, not multiples of the engine."""
+    before: Callable[[], None] | None = None
+    """Run before each timing, not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median wall and CPU seconds of a side, the spread of its walls, and the peak of private memory it added."""
+
+    wall: float
+    cpu: float
+    low: float
+    high: float
+    memory_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A case measured."""
+
+    name: str
+    rows: int
+    engine: Timing
+    ours: Timing
+    required: float
+    stretch: float
+    absolute: bool
+
+    @property
+    def figure(self) -> float:
+        """What is compared with the bounds: seconds, or the ratio of median walls."""
+        return self.ours.wall if self.absolute else self.ours.wall / self.engine.wall
+
+    @property
+    def verdict(self) -> str:
+        """``stretch``, ``required`` or ``BEHIND``."""
+        return "stretch" if self.figure <= self.stretch else "required" if self.figure <= self.required else "BEHIND"
+
+    def as_json(self) -> str:
+        """One JSON line."""
+        return json.dumps({**asdict(self), "figure": self.figure, "verdict": self.verdict})
+
+
+def tree() -> list[psutil.Process]:
+    """This process and every process below it, Ray's included."""
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+    """CPU seconds that the process tree has used, ended children of each process included."""
+    total = 0.0
+    for process in tree():
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def private_bytes() -> int:
+    """Memory of the process tree that is not shared (the object store is shared, so Ray's own copy does not count)."""
+    total = 0
+    for process in tree():
+        try:
+            info = process.memory_info()
+        except psutil.Error:
+            continue
+        total += max(0, info.rss - info.shared)
+    return total
+
+
+@contextmanager
+def memory_peak(into: list[float]) -> Iterator[None]:
+    """Appends the peak that private memory rose by, in MB, sampled every 20 ms."""
+    base, peak, stop = private_bytes(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not stop.wait(0.02):
+            peak = max(peak, private_bytes() - base)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        into.append(peak / 1e6)
+
+
+def measure(case: Case, repeats: int, *, memory: bool) -> Result:
+    """Warm up once, then time both sides in turn; memory in a run of its own, because sampling costs time."""
+    rows = _once(case, case.engine)[0]
+    if _once(case, case.ours)[0] != rows:
+        raise RuntimeError(f"{case.name}: the two sides disagree on the number of rows")
+    sides: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    for _ in range(repeats):
+        for side, run in zip(sides, (case.engine, case.ours), strict=True):
+            _, wall, cpu = _once(case, run)
+            side.append((wall, cpu))
+    peaks: list[float] = []
+    for run in (case.engine, case.ours):
+        if memory:
+            if case.before:
+                case.before()
+            with memory_peak(peaks):
+                run()
+        else:
+            peaks.append(0.0)
+    engine, ours = (_timing(side, peak) for side, peak in zip(sides, peaks, strict=True))
+    return Result(case.name, rows, engine, ours, case.required, case.stretch, case.absolute)
+
+
+def _once(case: Case, run: Run) -> tuple[int, float, float]:
+    if case.before:
+        case.before()
+    cpu, start = cpu_seconds(), time.perf_counter()
+    rows = run()
+    wall = time.perf_counter() - start
+    return rows, wall, cpu_seconds() - cpu
+
+
+def _timing(side: list[tuple[float, float]], peak: float) -> Timing:
+    walls = [wall for wall, _ in side]
+    return Timing(statistics.median(walls), statistics.median(cpu for _, cpu in side), min(walls), max(walls), peak)
+
+
+def table(results: list[Result]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| work | engine s (CPU) | ours s (CPU) | spread | memory MB | figure | required / stretch | |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for result in results:
+        unit = " s" if result.absolute else "x"
+        lines.append(
+            f"| {result.name} | {result.engine.wall:.3f} ({result.engine.cpu:.2f}) | {result.ours.wall:.3f}"
+            f" ({result.ours.cpu:.2f}) | {result.ours.low:.3f}-{result.ours.high:.3f} | {result.ours.memory_mb:.0f}"
+            f" | {result.figure:.2f}{unit} | {result.required:g} / {result.stretch:g} | {result.verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "pylance": lance.__version__,
+        "ray": ray.__version__,
+        "pyarrow": pa.__version__,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def cached(folder: Path, name: str, make: Callable[[str], None]) -> str:
+    """The table of this name, made once in the folder."""
+    target = folder / name
+    if not (target / "_versions").exists():
+        print(f"making {name}", file=sys.stderr)
+        make(str(target))
+    return str(target)

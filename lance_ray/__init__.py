@@ -1,0 +1,89 @@
+"""Lance tables in Ray: parallel reads, safe writes, one commit.
+
+    import ray, lance_ray
+
+    ds = ray.data.read_lance("s3://bucket/table", columns=["id", "text"], filter="lang = 'en'")
+    report = ds.write_lance("s3://bucket/english", mode="create")
+
+How the package is built. Every operation is *plan* (pure values), *run* (module-level worker functions on a pinned
+version) and *commit* (one module), and each question has one file:
+
+====================  ==================================================================================
+``errors``            the error tree; the only translation of what pylance, namespaces and Ray raise
+``options``           frozen option groups; every check of an argument that needs no table
+``catalog``           the only place that talks to namespaces
+``table``             which table: asked for, resolved, about to be written; the only place that opens
+``arrow``             blocks to Arrow, one schema, alignment by name and type
+``predicates``        Ray expressions to Lance SQL, where both mean the same
+``retry``             the only retry loop
+``progress``          bars on a terminal, sparse log lines elsewhere
+``runner``            the only place that starts tasks of its own: bounded, retried, cancellable
+``preflight``         whether every node can do the work
+``ledger``            which files a running job has written; what a dead one left
+``commit``            the only place that commits: committed, not committed, or unknown
+``planning``          how scans are cut into tasks (values in, values out)
+``read``              the worker side of reading
+``datasource``        ``read_lance`` and Ray's Datasource
+``write``             the worker side of writing
+``datasink``          ``write_lance`` and Ray's Datasink
+``fragment``          writers and committers made by hand
+``cleanup``           ``cleanup_orphans``
+``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
+====================  ==================================================================================
+
+Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connector, unless the environment says
+``LANCE_RAY_PATCH_RAY_DATA=0``; :func:`restore_ray_data` undoes it. It never starts Ray and opens no file.
+"""
+
+from lance_ray.cleanup import cleanup_orphans
+from lance_ray.datasink import WriteReport, write_lance
+from lance_ray.datasource import read_lance
+from lance_ray.errors import (
+    CommitConflictError,
+    CommitOutcomeUnknownError,
+    InvalidArgumentError,
+    LanceRayError,
+    OperationFailedError,
+    SchemaMismatchError,
+    SnapshotChangedError,
+    StorageError,
+    TableExistsError,
+    TableNotFoundError,
+    TaskFailedError,
+    UnsupportedVersionError,
+    VersionNotFoundError,
+    WorkerEnvironmentError,
+)
+from lance_ray.fragment import LanceFragmentCommitter, LanceFragmentWriter
+from lance_ray.ledger import CleanupReport
+from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, restore_ray_data
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CleanupReport",
+    "CommitConflictError",
+    "CommitOutcomeUnknownError",
+    "InvalidArgumentError",
+    "LanceFragmentCommitter",
+    "LanceFragmentWriter",
+    "LanceRayError",
+    "OperationFailedError",
+    "SchemaMismatchError",
+    "SnapshotChangedError",
+    "StorageError",
+    "TableExistsError",
+    "TableNotFoundError",
+    "TaskFailedError",
+    "UnsupportedVersionError",
+    "VersionNotFoundError",
+    "WorkerEnvironmentError",
+    "WriteReport",
+    "cleanup_orphans",
+    "patch_ray_data",
+    "read_lance",
+    "restore_ray_data",
+    "write_lance",
+]
+
+patch_unless_switched_off()

@@ -1,0 +1,64 @@
+"""What killed jobs left beside a table: found and removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lance_ray import commit
+from lance_ray.errors import TableNotFoundError
+from lance_ray.ledger import CleanupReport, cleanup_jobs
+from lance_ray.table import PinnedTable, TableRef
+
+
+def cleanup_orphans(
+    uri: Any = None,
+    *,
+    dry_run: bool = False,
+    table_id: Sequence[str] | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: dict[str, str] | None = None,
+    storage_options: dict[str, str] | None = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+) -> CleanupReport:
+    """Remove the files that killed jobs left beside a table, by the names in their ledgers.
+
+    A job counts as dead when its driver process is gone (on this machine), or has not renewed its heartbeat for five
+    minutes (elsewhere); running jobs are left alone. A file goes only if no version of the table refers to it. The
+    table need not exist: a ``create`` may have died before its commit.
+
+    Args:
+        uri: path or URI of the table.
+        dry_run: report only.
+        table_id: the table's name in a namespace, with ``namespace_impl``.
+        namespace_impl: the namespace implementation.
+        namespace_properties: what the namespace is connected with.
+        storage_options: for the object store.
+        base_store_params: storage options of further bases.
+
+    Returns:
+        The jobs found and the files removed (or to be removed).
+
+    Raises:
+        InvalidArgumentError, StorageError: nothing more is removed; calling again goes on.
+    """
+    ref = TableRef.fold(
+        uri,
+        {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        },
+    )
+    location = ref.locate()
+    table = PinnedTable(ref, location.uri, 0, location.storage_options, location.managed_versioning)
+
+    def landed(job_id: str, since: int) -> bool:
+        try:
+            return commit.find_operation(table.open_latest(), job_id, since) is not None
+        except TableNotFoundError:
+            return False
+
+    return cleanup_jobs(table, ref.target, dry_run=dry_run, landed=landed)

@@ -1,0 +1,339 @@
+"""The only place that commits. A commit has three outcomes, and they are different types.
+
+* committed: a :class:`CommitReceipt`. An answer that was lost is found again by the job's own id, which every commit
+  carries in its ``transaction_properties``;
+* certainly not committed: the error that says why (:class:`~lance_ray.errors.CommitConflictError`,
+  :class:`~lance_ray.errors.TableExistsError`, ...). Only then may the files of the job be deleted;
+* unknown: :class:`~lance_ray.errors.CommitOutcomeUnknownError`. No file is deleted.
+
+The loop is: take the newest version, let the operation check itself against it and build on it, commit; on a retryable
+conflict do it again, within :class:`~lance_ray.options.CommitOptions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import logging
+import random
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import lance
+import pyarrow as pa
+from lance.dataset import LANCE_COMMIT_MESSAGE_KEY
+from lance.fragment import FragmentMetadata
+
+from lance_ray.errors import (
+    CommitConflictError,
+    CommitOutcomeUnknownError,
+    InvalidArgumentError,
+    LanceRayError,
+    SchemaMismatchError,
+    StorageError,
+    TableExistsError,
+    TableNotFoundError,
+    translate_errors,
+)
+from lance_ray.options import CommitOptions
+from lance_ray.table import PinnedTable, is_local
+
+logger = logging.getLogger(__name__)
+
+OPERATION_ID = "lance_ray.operation_id"
+"""Key of the job's own id in ``transaction_properties``."""
+
+HISTORY = 256
+"""How many of the newest versions are searched for a job id that left no ledger behind."""
+
+_MAX_BACKOFF_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReceipt:
+    """A commit that is in the table."""
+
+    version: int
+    attempts: int = 1
+    schema_changes: tuple[str, ...] = ()
+    """Columns that others added between the plan and the commit; the rows of this commit have null there."""
+    recovered: bool = False
+    """Whether the commit was found by its id instead of by its answer."""
+
+
+class Operation(ABC):
+    """What :func:`apply` commits, on which version, and what it makes of changes by others."""
+
+    strict: ClassVar[bool] = False
+    """Whether the commit must come directly after the version that it was built on."""
+
+    def base(self, table: PinnedTable) -> lance.LanceDataset | None:
+        """The version to build on, read now; None when there is no table."""
+        return table.open_latest()
+
+    @abstractmethod
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:
+        """The engine's operation on that version. Raises an error of this package when it no longer fits."""
+
+    def changes(self, dataset: lance.LanceDataset) -> tuple[str, ...]:  # noqa: ARG002 - most operations replace all
+        """What others changed that the caller should hear of; raises SchemaMismatchError if the commit does not fit."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Create(Operation):
+    """The first version of a table, in one commit that loses against any other table at the same address."""
+
+    schema: pa.Schema
+    fragments: Sequence[FragmentMetadata]
+    initial_bases: Sequence[Any] | None = None
+    strict: ClassVar[bool] = True
+
+    def base(self, table: PinnedTable) -> None:
+        """Nothing: the table must not exist."""
+
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - nothing
+        """An overwrite of nothing, which is what the engine calls the first version."""
+        bases = list(self.initial_bases) if self.initial_bases else None
+        return lance.LanceOperation.Overwrite(self.schema, list(self.fragments), initial_bases=bases)
+
+
+@dataclass(frozen=True)
+class Overwrite(Operation):
+    """All rows and the schema replaced, in one commit, whatever was committed meanwhile."""
+
+    schema: pa.Schema
+    fragments: Sequence[FragmentMetadata]
+
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - all goes
+        """The engine's overwrite."""
+        return lance.LanceOperation.Overwrite(self.schema, list(self.fragments))
+
+
+@dataclass(frozen=True)
+class Append(Operation):
+    """Rows added to the newest version, if the columns that were written still mean the same there."""
+
+    written: tuple[FieldIdentity, ...]
+    fragments: Sequence[FragmentMetadata]
+
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:
+        """The engine's append, after a look at the newest schema."""
+        assert base is not None  # noqa: S101 - base() of this class opens or raises
+        self.changes(base)
+        return lance.LanceOperation.Append(list(self.fragments))
+
+    def changes(self, dataset: lance.LanceDataset) -> tuple[str, ...]:
+        """Columns that others added; raises SchemaMismatchError for any other change of the schema."""
+        return additive_changes(self.written, field_identities(dataset))
+
+
+@dataclass(frozen=True, slots=True)
+class FieldIdentity:
+    """A top-level column as data files know it: by the ids of the field and of its children."""
+
+    name: str
+    ids: tuple[int, ...]
+    type: str
+    nullable: bool = field(compare=False)
+
+
+def field_identities(dataset: lance.LanceDataset) -> tuple[FieldIdentity, ...]:
+    """The columns of a version, in order."""
+    types = dataset.schema
+    return tuple(
+        FieldIdentity(
+            item.name(), tuple(_ids(item)), str(types.field(item.name()).type), types.field(item.name()).nullable
+        )
+        for item in dataset.lance_schema.fields()
+    )
+
+
+def _ids(item: Any) -> Iterator[int]:
+    yield item.id()
+    for child in item.children():
+        yield from _ids(child)
+
+
+def additive_changes(written: Sequence[FieldIdentity], newest: Sequence[FieldIdentity]) -> tuple[str, ...]:
+    """The columns that the newest version has beyond those written.
+
+    Raises:
+        SchemaMismatchError: a written column is gone or became another one, or a new one cannot be null.
+    """
+    now = {column.name: column for column in newest}
+    changed = [column.name for column in written if now.get(column.name) != column]
+    added = [column for column in newest if column.name not in {item.name for item in written}]
+    required = [column.name for column in added if not column.nullable]
+    if changed or required:
+        raise SchemaMismatchError(
+            "the table's schema changed while the rows were written:"
+            + (f" columns {changed} are gone or are other columns now" if changed else "")
+            + (f" columns {required} were added and must not be null" if required else ""),
+            columns=[*changed, *required],
+            expected=", ".join(f"{column.name}: {column.type}" for column in newest),
+            actual=", ".join(f"{column.name}: {column.type}" for column in written),
+        )
+    return tuple(column.name for column in added)
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where to look for the job's own commit: its id, and the version that it started from."""
+
+    operation_id: str
+    since: int
+
+    def find(self, table: PinnedTable) -> int | None:
+        """The version that carries the id, or None. Raises what opening raises."""
+        try:
+            newest = table.open_latest()
+        except TableNotFoundError:
+            return None
+        return find_operation(newest, self.operation_id, self.since)
+
+
+def find_operation(newest: lance.LanceDataset, operation_id: str, since: int) -> int | None:
+    """The version after ``since`` whose transaction carries the id, or None. One small read for each version."""
+    for version in range(newest.version, since, -1):
+        try:
+            transaction = newest.read_transaction(version)
+        except (ValueError, OSError) as error:
+            # A version that was cleaned up has no transaction any more; what is older has none either.
+            logger.debug("version %d of %s has no transaction: %s", version, newest.uri, type(error).__name__)
+            return None
+        if transaction and (transaction.transaction_properties or {}).get(OPERATION_ID) == operation_id:
+            return version
+    return None
+
+
+def apply(
+    table: PinnedTable,
+    operation: Operation,
+    options: CommitOptions,
+    landing: Landing,
+    *,
+    enable_stable_row_ids: bool | None = None,
+) -> CommitReceipt:
+    """Commit, or find out what became of the commit.
+
+    Args:
+        table: where; its version does not matter.
+        operation: what.
+        options: message, properties, limits.
+        landing: the id that the commit carries, and since which version it can have landed.
+        enable_stable_row_ids: for a new table.
+
+    Raises:
+        CommitConflictError, TableExistsError, SchemaMismatchError, StorageError: certainly not committed.
+        CommitOutcomeUnknownError: not known; keep all files.
+    """
+    deadline = time.monotonic() + options.timeout_seconds
+    for attempt in range(1, options.max_attempts + 1):
+        base = operation.base(table)
+        transaction = lance.Transaction(
+            base.version if base is not None else 0,
+            operation.build(base),
+            str(uuid.uuid4()),
+            _properties(options, landing.operation_id),
+        )
+        try:
+            dataset = _send(table, base, transaction, operation, enable_stable_row_ids, deadline)
+        except CommitConflictError as conflict:
+            found = _resolve(table, landing, conflict)
+            if found is not None:
+                return CommitReceipt(found, attempt, recovered=True)
+            if not conflict.retryable or attempt == options.max_attempts or time.monotonic() > deadline:
+                raise
+            logger.info("commit to %s lost against another one, attempt %d: %s", table.uri, attempt, conflict)
+            time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
+        except BaseException as error:  # the commit was sent: whatever was raised, only the table knows its outcome
+            found = _resolve(table, landing, error)
+            if found is None:
+                raise
+            if not isinstance(error, Exception):
+                raise
+            logger.warning("the answer of a commit to %s was lost; it is version %d", table.uri, found)
+            return CommitReceipt(found, attempt, recovered=True)
+        else:
+            return CommitReceipt(dataset.version, attempt, operation.changes(dataset))
+    raise CommitConflictError(f"commit {table.uri}: gave up", retryable=True)  # pragma: no cover - the loop ends above
+
+
+def _properties(options: CommitOptions, operation_id: str) -> dict[str, str]:
+    properties = {**dict(options.properties), OPERATION_ID: operation_id}
+    if options.message is not None:
+        properties[LANCE_COMMIT_MESSAGE_KEY] = options.message
+    return properties
+
+
+def _send(
+    table: PinnedTable,
+    base: lance.LanceDataset | None,
+    transaction: lance.Transaction,
+    operation: Operation,
+    enable_stable_row_ids: bool | None,
+    deadline: float,
+) -> lance.LanceDataset:
+    with translate_errors("commit", table.uri, secrets=table.secrets):
+        return lance.LanceDataset.commit(
+            table.uri if base is None else base,
+            transaction,
+            commit_lock=table.ref.open_options.commit_lock,
+            max_retries=0 if operation.strict else 20,
+            enable_stable_row_ids=enable_stable_row_ids,
+            commit_timeout=dt.timedelta(seconds=max(1.0, deadline - time.monotonic())),
+            **table.store_kwargs(),
+        )
+
+
+def _resolve(table: PinnedTable, landing: Landing, error: BaseException) -> int | None:
+    """The version that the commit landed in, or None when it certainly did not.
+
+    Raises:
+        TableExistsError: it did not, because another table was first.
+        CommitOutcomeUnknownError: neither is certain.
+    """
+    try:
+        newest: lance.LanceDataset | None = table.open_latest()
+    except TableNotFoundError:
+        newest = None
+    except LanceRayError as failure:
+        raise _unknown(table, landing, failure) from error
+    if newest is not None:
+        found = find_operation(newest, landing.operation_id, landing.since)
+        if found is not None:
+            return found
+        if landing.since == 0 and isinstance(error, LanceRayError):
+            raise TableExistsError(table.ref.target) from error
+    if not _certain(error) and not is_local(table.uri):
+        raise _unknown(table, landing, error) from error
+    return None
+
+
+def _certain(error: BaseException) -> bool:
+    """Whether the store's answer itself says that nothing was committed."""
+    if isinstance(error, StorageError):
+        return error.kind in ("denied", "missing", "full", "invalid")
+    known = (CommitConflictError, TableExistsError, TableNotFoundError, SchemaMismatchError, InvalidArgumentError)
+    return isinstance(error, known)
+
+
+def _unknown(table: PinnedTable, landing: Landing, error: BaseException) -> CommitOutcomeUnknownError:
+    return CommitOutcomeUnknownError(
+        f"the answer of a commit to {table.uri} was lost ({error}); it may be in the table, so all files were kept."
+        f" Look for {OPERATION_ID}={landing.operation_id} in the newest transactions, or run the job again with"
+        f" job_id={landing.operation_id!r}",
+        operation_id=landing.operation_id,
+    )
+
+
+def remap_fields(fragment: FragmentMetadata, ids: dict[int, int]) -> FragmentMetadata:
+    """The fragment with the field ids of its files replaced, for files written with another schema's ids."""
+    for file in fragment.files:
+        file.fields = [ids.get(item, item) for item in file.fields]
+    return dataclasses.replace(fragment, files=list(fragment.files))

@@ -1,0 +1,530 @@
+"""Writing with Ray Data: :func:`write_lance`, the Ray Datasink behind it, and the commit of what its tasks wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from lance.fragment import FragmentMetadata
+from lance.schema import LanceSchema
+from ray.data import Dataset
+from ray.data.datasource import Datasink, WriteResult
+
+from lance_ray import commit
+from lance_ray.arrow import to_arrow, unify
+from lance_ray.commit import CommitReceipt, Landing
+from lance_ray.errors import (
+    CommitOutcomeUnknownError,
+    InvalidArgumentError,
+    LanceRayError,
+    SchemaMismatchError,
+    TableExistsError,
+    TableNotFoundError,
+    unwrap,
+)
+from lance_ray.ledger import JobRef
+from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_positive, pairs
+from lance_ray.preflight import check_cluster
+from lance_ray.table import PinnedTable, TableRef, WriteTarget
+from lance_ray.write import WriteSpec, WrittenFile, paths_of, write_blocks, write_file, write_table_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """What a write did, and what the table looks like after it."""
+
+    target: str
+    version: int
+    """The version that holds the rows."""
+    rows: int = 0
+    """Rows written by this call."""
+    bytes: int = 0
+    """Their size in memory."""
+    files: int = 0
+    """Data files written."""
+    fragments: int = 0
+    """Fragments of the table now."""
+    small_files: int = 0
+    """Fragments of the table that compaction would merge."""
+    deleted_rows: int = 0
+    """Rows of the table that are marked deleted."""
+    seconds: float = 0.0
+    job_id: str = ""
+    versions: tuple[int, ...] = ()
+    """All versions made by this call (several with ``stream=True``)."""
+    schema_changes: tuple[str, ...] = ()
+    """Columns that others added meanwhile; null in the rows of this call."""
+    skipped: bool = False
+    """Nothing was written: the table exists (mode ``ignore``), or the job of this id had committed before."""
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.target}: nothing written, version {self.version}"
+        rate = self.bytes / 1e6 / self.seconds if self.seconds else 0.0
+        text = (
+            f"{self.target}: {self.rows:,} rows, {self.bytes / 1e6:,.1f} MB in {self.files} file(s),"
+            f" {self.seconds:.2f} s ({rate:,.0f} MB/s), version {self.version}, {self.fragments} fragment(s)"
+        )
+        return text + (f"; null in new columns {list(self.schema_changes)}" if self.schema_changes else "")
+
+
+class LanceDatasink(Datasink[list[WrittenFile]]):
+    """The Ray side of one write. Tasks write files; the driver commits them once, or removes them."""
+
+    def __init__(self, spec: WriteSpec, options: CommitOptions) -> None:
+        self._spec = spec
+        self._options = options
+        self._receipt: CommitReceipt | None = None
+        self._written: tuple[WrittenFile, ...] = ()
+        self._keep_files = False
+        self.fallback_schema: pa.Schema | None = None
+
+    def get_name(self) -> str:
+        """The name that Ray shows for the write: ``Lance``."""
+        return "Lance"
+
+    @property
+    def min_rows_per_write(self) -> int | None:
+        """Rows of a task's bundle, when the caller wants files by rows."""
+        return self._spec.options.min_rows_per_file if self._spec.options.rows_decide else None
+
+    @property
+    def min_bytes_per_write(self) -> int | None:
+        """Bytes of a task's bundle; the default."""
+        return None if self._spec.options.rows_decide else self._spec.options.bundle_bytes
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[WrittenFile]:  # noqa: ARG002 - Ray's signature
+        """Runs on a worker: blocks to files."""
+        return write_blocks(self._spec, blocks)
+
+    def on_write_complete(self, write_result: WriteResult[list[WrittenFile]]) -> None:
+        """Runs on the driver: one commit."""
+        files = [file for returned in write_result.write_returns for file in returned or ()]
+        self._written = tuple(file for file in files if file.rows)
+        self._receipt = commit_files(self, self._spec, files, self._options)
+
+    def on_write_failed(self, error: Exception) -> None:
+        """Runs on the driver: removes the job's files when it is certain that they are not in the table."""
+        self.abandon(error)
+
+    def abandon(self, error: BaseException) -> None:
+        """End the job after a failure or an interrupt. Keeps every file while the outcome of a commit is unknown."""
+        job = self._spec.job
+        if job is None or self._receipt is not None or self._keep_files or isinstance(error, CommitOutcomeUnknownError):
+            return
+        self._keep_files = True  # once only: Ray may call twice
+        removed = job.discard()
+        logger.info("removed %d file(s) of the failed job %s", removed, job.job_id)
+
+    def committing(self) -> None:
+        """From now on an interrupt leaves the outcome open."""
+        self._keep_files = True
+
+    def settled(self) -> None:
+        """The outcome is known again."""
+        self._keep_files = False
+
+    @property
+    def receipt(self) -> CommitReceipt | None:
+        """The commit, once there is one."""
+        return self._receipt
+
+    @property
+    def written(self) -> tuple[WrittenFile, ...]:
+        """What the tasks wrote."""
+        return self._written
+
+
+def commit_files(
+    sink: LanceDatasink, spec: WriteSpec, files: Sequence[WrittenFile], options: CommitOptions
+) -> CommitReceipt | None:
+    """One commit of all files; None when there is nothing to append."""
+    schema, fragments = _final_fragments(spec, files, sink.fallback_schema)
+    if spec.target.mode == "append" and not fragments:
+        return None
+    job = spec.job
+    if job is not None and not job.is_open():
+        raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
+    since = 0 if spec.target.base is None else spec.target.base.version
+    landing = Landing(job.job_id if job else options.operation_id, since)
+    sink.committing()
+    try:
+        return _apply(spec, schema, fragments, options, landing)
+    except CommitOutcomeUnknownError:
+        raise
+    except Exception:  # apply() has made certain that nothing was committed; it goes on to the caller
+        sink.settled()
+        raise
+
+
+def _apply(
+    spec: WriteSpec, schema: pa.Schema, fragments: Sequence[FragmentMetadata], options: CommitOptions, landing: Landing
+) -> CommitReceipt:
+    target, stable = spec.target, spec.options.enable_stable_row_ids or None
+    if target.mode == "append" and target.base is not None:
+        append = commit.Append(commit.field_identities(target.base.open()), fragments)
+        return commit.apply(target.table, append, options, landing)
+    if target.base is None:
+        create = commit.Create(schema, fragments, spec.options.initial_bases)
+        try:
+            return commit.apply(target.table, create, options, landing, enable_stable_row_ids=stable)
+        except TableExistsError:
+            if target.mode != "overwrite":
+                raise
+    return commit.apply(
+        target.table, commit.Overwrite(schema, fragments), options, landing, enable_stable_row_ids=stable
+    )
+
+
+def _final_fragments(
+    spec: WriteSpec, files: Sequence[WrittenFile], fallback: pa.Schema | None
+) -> tuple[pa.Schema, list[FragmentMetadata]]:
+    """The table's schema and the fragments with that schema's field ids."""
+    schema = spec.schema
+    if schema is None:
+        schemas = [file.arrow_schema for file in files if file.rows] or [file.arrow_schema for file in files]
+        found = [item for item in schemas if len(item)] or ([fallback] if fallback is not None else [])
+        schema = unify(found) if found else spec.target.schema
+    if schema is None:
+        raise InvalidArgumentError("schema", None, "the dataset is empty and has no schema; give one")
+    if spec.target.mode == "append":
+        return schema, [file.metadata() for file in files if file.fragment]
+    return schema, [_with_ids_of(spec, schema, file) for file in files if file.rows]
+
+
+def _with_ids_of(spec: WriteSpec, schema: pa.Schema, file: WrittenFile) -> FragmentMetadata:
+    if file.fragment is None:  # only columns of unknown type in this file; now the type is known
+        nulls = pa.table([pa.nulls(file.rows, item.type) for item in schema], schema=schema)
+        fragment = write_table_file(spec, [nulls], schema, file.rows)
+        if spec.job is not None:
+            spec.job.record(paths_of(spec, [fragment]))
+        return fragment
+    own = [item for item in file.arrow_schema if not pa.types.is_null(item.type)]
+    written = pa.schema(own) if spec.schema is None else spec.schema
+    if written.equals(schema):
+        return file.metadata()
+    target = _field_ids(schema)
+    ids = {field_id: target[path] for path, field_id in _field_ids(written).items()}
+    return commit.remap_fields(file.metadata(), ids)
+
+
+def _field_ids(schema: pa.Schema) -> dict[tuple[str, ...], int]:
+    """Field ids by path, as the engine numbers them (depth first)."""
+
+    def walk(fields: Iterable[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+        for item in fields:
+            path = (*prefix, item.name())
+            yield path, item.id()
+            yield from walk(item.children(), path)
+
+    return dict(walk(LanceSchema.from_pyarrow(schema).fields(), ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _WriteJob:
+    """A write, folded from the public keywords and checked."""
+
+    ref: TableRef
+    options: WriteOptions
+    commit: CommitOptions
+    ray_remote_args: dict[str, Any] | None = None
+    concurrency: int | None = None
+
+
+def write_lance(
+    ds: Dataset,
+    uri: Any = None,
+    *,
+    table_id: Sequence[str] | None = None,
+    schema: pa.Schema | None = None,
+    mode: Any = "create",
+    min_rows_per_file: int = 1024 * 1024,
+    max_rows_per_file: int = 64 * 1024 * 1024,
+    max_bytes_per_file: int | None = None,
+    data_storage_version: str | None = None,
+    enable_stable_row_ids: bool = False,
+    storage_options: dict[str, str] | None = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+    initial_bases: Sequence[Any] | None = None,
+    target_bases: Sequence[str] | None = None,
+    external_blob_mode: str = "reference",
+    allow_external_blob_outside_bases: bool = False,
+    namespace_impl: str | None = None,
+    namespace_properties: dict[str, str] | None = None,
+    commit_message: str | None = None,
+    transaction_properties: dict[str, str] | None = None,
+    commit_lock: Any = None,
+    job_id: str | None = None,
+    ray_remote_args: dict[str, Any] | None = None,
+    concurrency: int | None = None,
+    stream: bool = False,
+    batch_size: int | None = None,
+    resume_rows: int = 0,
+) -> WriteReport:
+    """Write a Ray Dataset to a Lance table: files on the workers, then one commit on the driver.
+
+    Args:
+        ds: the rows.
+        uri: path or URI of the table.
+        table_id: the table's name in a namespace, with ``namespace_impl``; a new table is declared there.
+        schema: what the table shall have. Blocks are aligned to it by name: reordered, cast where no value changes
+            (floats may be rounded to a narrower float type that it names), missing nullable columns null. For an append
+            it is the table's own. Without it a new table gets the union of the blocks' schemas.
+        mode: ``create`` (a table must not exist), ``append`` (it must), ``overwrite`` (rows and schema are replaced in
+            one commit), ``ignore`` (do nothing if it exists), or Ray's ``SaveMode``.
+        min_rows_per_file: other than the default, rows decide how much one task writes; by default bytes do (256 MiB).
+        max_rows_per_file: rows of a file at most.
+        max_bytes_per_file: bytes in memory of a file at most (of rows up to it, short of one 64 MiB slice).
+        data_storage_version: file format; the table's own, or the engine's default.
+        enable_stable_row_ids: for a new table: row ids survive compaction and updates.
+        storage_options: for the object store; vended ones of a namespace win over them.
+        base_store_params: storage options of further bases, by base URI.
+        initial_bases: base paths to register with a new table.
+        target_bases: names or paths of bases that the files go to.
+        external_blob_mode: ``reference`` or ``ingest`` for blobs given by URI.
+        allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
+        namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
+        namespace_properties: what the namespace is connected with.
+        commit_message: kept with the version.
+        transaction_properties: kept with the version.
+        commit_lock: for stores without atomic commits.
+        job_id: makes the write repeatable: a job that committed before (within the newest 256 versions) is not written
+            again, and what a killed run of the same id left is removed first.
+        ray_remote_args: options of ``ray.remote`` for the write tasks.
+        concurrency: write tasks at once at most.
+        stream: write on the driver, in order, with bounded memory; an append commits every 256 MiB.
+        batch_size: rows read at a time with ``stream``.
+        resume_rows: leading rows to skip with ``stream``.
+
+    Returns:
+        A report; with it, the rows are in the table exactly once.
+
+    Raises:
+        InvalidArgumentError, TableExistsError, TableNotFoundError, StorageError, WorkerEnvironmentError: before any
+            task starts.
+        SchemaMismatchError: blocks do not fit the schema or each other.
+        CommitConflictError: others kept winning.
+        CommitOutcomeUnknownError: the commit's answer was lost and the table cannot tell; no file was removed.
+
+    After any error but the last the table is as it was, and the files that the job finished are removed (what a killed
+    process left goes with :func:`lance_ray.cleanup_orphans` or the next run of the same job id). Concurrent appends all
+    land. A concurrent change of the schema that the written rows do not fit is a SchemaMismatchError.
+    """
+    job = _WriteJob(
+        TableRef.fold(
+            uri,
+            {
+                "table_id": table_id,
+                "namespace_impl": namespace_impl,
+                "namespace_properties": namespace_properties,
+                "storage_options": storage_options,
+                "base_store_params": base_store_params,
+            },
+            open_options=OpenOptions(commit_lock=commit_lock),
+        ),
+        WriteOptions(
+            mode,
+            schema,
+            min_rows_per_file,
+            max_rows_per_file,
+            max_bytes_per_file,
+            data_storage_version,
+            enable_stable_row_ids,
+            tuple(initial_bases) if initial_bases else None,
+            tuple(target_bases) if target_bases else None,
+            external_blob_mode,
+            allow_external_blob_outside_bases,
+        ),
+        CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id),
+        ray_remote_args,
+        concurrency,
+    )
+    check_positive("concurrency", concurrency)
+    check_positive("batch_size", batch_size)
+    check_positive("resume_rows", resume_rows, optional=False, zero=True)
+    if not isinstance(ds, Dataset):
+        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
+    if not stream and (resume_rows or batch_size is not None):
+        raise InvalidArgumentError(
+            "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
+        )
+    return _run(job, ds, _Streaming(batch_size, resume_rows) if stream else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Streaming:
+    batch_size: int | None
+    resume_rows: int
+
+
+def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteReport:
+    started = time.monotonic()
+    mode = job.options.mode
+    target = WriteTarget.resolve(job.ref, mode)
+    if target.mode == "ignore" and target.base is not None:
+        return _report(job, target.base, (), None, started, skipped=True)
+    check_cluster([target.table], existing=False)
+    operation_id = job.commit.operation_id
+    ledger = JobRef(target.table, operation_id)
+    if job.commit.job_id is not None:
+        landed = _earlier_run(ledger, target)
+        if landed is not None:
+            return _report(job, landed, (), None, started, skipped=True)
+    declared = job.options.schema
+    schema = target.schema if mode == "append" else None if declared is None else unify([declared])
+    spec = WriteSpec(target, job.options, schema, ledger)
+    if mode == "append" and declared is not None and schema is not None:
+        _check_append_schema(declared, schema)
+    options = dataclasses.replace(job.commit, job_id=operation_id)
+    with ledger.running(f"write ({mode})", 0 if target.base is None else target.base.version):
+        if streaming is not None:
+            files, receipts = _run_streaming(spec, ds, streaming, options)
+        else:
+            files, receipts = _run_tasks(job, spec, ds, options)
+    ledger.close(path.name for file in files if file.fragment for path in paths_of(spec, [file.metadata()]))
+    return _report(job, target.table, files, receipts, started)
+
+
+def _earlier_run(ledger: JobRef, target: WriteTarget) -> PinnedTable | None:
+    """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
+    base = target.base
+    if base is not None:
+        newest = base.open_latest()
+        found = commit.find_operation(newest, ledger.job_id, max(0, newest.version - commit.HISTORY))
+        if found is not None:
+            ledger.discard_untracked()
+            return dataclasses.replace(base, version=found)
+    ledger.discard_untracked()
+    return None
+
+
+def _check_append_schema(given: pa.Schema, table: pa.Schema) -> None:
+    foreign = [name for name in given.names if name not in table.names]
+    if foreign:
+        raise SchemaMismatchError(
+            f"schema names columns {foreign} that the table does not have; its columns are {table.names}",
+            columns=foreign,
+            expected=str(table),
+            actual=str(given),
+        )
+
+
+def _run_tasks(
+    job: _WriteJob, spec: WriteSpec, ds: Dataset, options: CommitOptions
+) -> tuple[tuple[WrittenFile, ...], tuple[CommitReceipt, ...]]:
+    sink = LanceDatasink(spec, options)
+    sink.fallback_schema = _known_schema(ds)
+    try:
+        ds.write_datasink(sink, ray_remote_args=dict(job.ray_remote_args or {}), concurrency=job.concurrency)
+    except BaseException as error:
+        # Ctrl-C does not reach on_write_failed; whatever it was goes on to the caller, in the package's own type.
+        sink.abandon(error)
+        cause = unwrap(error)
+        if cause is error:
+            raise
+        raise cause from error
+    return sink.written, () if sink.receipt is None else (sink.receipt,)
+
+
+def _known_schema(ds: Dataset) -> pa.Schema | None:
+    """The dataset's schema where Ray knows it without running anything."""
+    found = ds.schema(fetch_if_missing=False)
+    base = getattr(found, "base_schema", None)
+    return base if isinstance(base, pa.Schema) else None
+
+
+def _run_streaming(
+    spec: WriteSpec, ds: Dataset, streaming: _Streaming, options: CommitOptions
+) -> tuple[tuple[WrittenFile, ...], tuple[CommitReceipt, ...]]:
+    """Write on the driver in order; appends commit bundle by bundle, anything else once at the end."""
+    sink = LanceDatasink(spec, options)
+    sink.fallback_schema = _known_schema(ds)
+    files: list[WrittenFile] = []
+    receipts: list[CommitReceipt] = []
+    pending: list[WrittenFile] = []
+    try:
+        for chunks in _bundles(_tables(ds, streaming), spec.options.bundle_bytes):
+            pending.append(write_file(spec, chunks))
+            if spec.target.mode == "append":
+                receipts += _commit_bundle(sink, spec, pending, options, len(receipts))
+                files, pending = files + pending, []
+        if pending or (not files and spec.target.mode != "append"):
+            receipts += _commit_bundle(sink, spec, pending, options, len(receipts))
+            files += pending
+    except BaseException as error:
+        # The rows of finished commits stay; only what no commit holds is removed.
+        if not isinstance(error, CommitOutcomeUnknownError) and spec.job is not None:
+            spec.job.discard_untracked()
+        raise
+    return tuple(files), tuple(receipts)
+
+
+def _commit_bundle(
+    sink: LanceDatasink, spec: WriteSpec, files: Sequence[WrittenFile], options: CommitOptions, number: int
+) -> list[CommitReceipt]:
+    """Commit one bundle under an id of its own, so that a lost answer is told from the bundles before it."""
+    job = spec.job
+    if number and job is not None:
+        options = dataclasses.replace(options, job_id=f"{options.job_id}.{number}")
+    receipt = commit_files(sink, spec, files, options)
+    return [] if receipt is None else [receipt]
+
+
+def _tables(ds: Dataset, streaming: _Streaming) -> Iterator[pa.Table]:
+    skip = streaming.resume_rows
+    for batch in ds.iter_batches(batch_size=streaming.batch_size, batch_format="pyarrow"):
+        table = to_arrow(batch)
+        rest = table.slice(min(skip, table.num_rows))
+        skip -= table.num_rows - rest.num_rows
+        if rest.num_rows:
+            yield rest
+
+
+def _bundles(tables: Iterable[pa.Table], size: int) -> Iterator[list[pa.Table]]:
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(item.nbytes for item in held) >= size:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _report(
+    job: _WriteJob,
+    table: PinnedTable,
+    files: Sequence[WrittenFile],
+    receipts: Sequence[CommitReceipt] | None,
+    started: float,
+    *,
+    skipped: bool = False,
+) -> WriteReport:
+    try:
+        dataset = table.open_at(receipts[-1].version) if receipts else table.open_latest()
+        stats: dict[str, Any] = dict(dataset.stats.dataset_stats())
+        version = dataset.version
+    except TableNotFoundError:
+        stats, version = {}, 0
+    return WriteReport(
+        target=job.ref.target,
+        version=table.version if skipped and table.version else version,
+        rows=sum(file.rows for file in files),
+        bytes=sum(file.size_bytes for file in files),
+        files=sum(1 for file in files if file.rows),
+        fragments=stats.get("num_fragments", 0),
+        small_files=stats.get("num_small_files", 0),
+        deleted_rows=stats.get("num_deleted_rows", 0),
+        seconds=time.monotonic() - started,
+        job_id=job.commit.job_id or "",
+        versions=tuple(receipt.version for receipt in receipts or ()),
+        schema_changes=tuple(dict.fromkeys(name for receipt in receipts or () for name in receipt.schema_changes)),
+        skipped=skipped,
+    )

@@ -1,0 +1,226 @@
+"""Writers made by hand: :class:`LanceFragmentWriter` in ``map_batches``, :class:`LanceFragmentCommitter` as the sink.
+
+For pipelines that want to write files in the middle of their own stages and commit at the end::
+
+    writer = LanceFragmentWriter(uri, schema=schema, mode="append")
+    ds.map_batches(writer, batch_size=None).write_datasink(LanceFragmentCommitter(uri, schema=schema, mode="append"))
+
+The same worker function and the same commit as in :func:`lance_ray.write_lance`. Fragments travel as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from ray.data.block import BlockAccessor
+
+from lance_ray.datasink import LanceDatasink
+from lance_ray.errors import InvalidArgumentError
+from lance_ray.ledger import delete_files
+from lance_ray.options import CommitOptions, WriteOptions, pairs
+from lance_ray.retry import RetryPolicy
+from lance_ray.table import TableRef, WriteTarget
+from lance_ray.write import WriteSpec, WrittenFile, paths_of, write_blocks
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("fragment", "schema", "rows", "bytes")
+
+
+class LanceFragmentWriter:
+    """A callable for ``map_batches``: writes a batch to files and returns one row for each (columns ``fragment`` JSON,
+    ``schema`` serialized Arrow schema, ``rows``, ``bytes``), which :class:`LanceFragmentCommitter` commits.
+
+    Files of a job that never commits are not in any ledger; ``dataset.cleanup_old_versions`` removes them in time.
+    """
+
+    def __init__(
+        self,
+        uri: Any = None,
+        *,
+        transform: Callable[[pa.Table], Any] | None = None,
+        schema: pa.Schema | None = None,
+        mode: str | None = None,
+        max_rows_per_file: int = 1024 * 1024,
+        max_bytes_per_file: int | None = None,
+        max_rows_per_group: int | None = None,
+        data_storage_version: str | None = None,
+        enable_stable_row_ids: bool = False,
+        use_legacy_format: bool | None = None,
+        storage_options: dict[str, str] | None = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        initial_bases: Sequence[Any] | None = None,
+        target_bases: Sequence[str] | None = None,
+        external_blob_mode: str = "reference",
+        allow_external_blob_outside_bases: bool = False,
+        namespace_impl: str | None = None,
+        namespace_properties: dict[str, str] | None = None,
+        table_id: Sequence[str] | None = None,
+        retry_params: dict[str, Any] | None = None,
+    ) -> None:
+        """See :func:`lance_ray.write_lance` for the arguments that both have.
+
+        Args:
+            uri: path or URI of the table.
+            transform: applied to each batch (a ``pyarrow.Table``) before it is written; may return anything that a
+                Ray block can be, or an iterable of such, to write more than fits into memory.
+            schema: what every file shall have; for an append the table's own.
+            mode: ``append`` checks against the table, anything else does not; by default ``append`` where there is a
+                table.
+            max_rows_per_file: rows of a file at most.
+            max_bytes_per_file: bytes in memory of a file at most.
+            max_rows_per_group: of the legacy file format only, which this writer does not write.
+            data_storage_version: file format.
+            enable_stable_row_ids: decided at the commit; accepted here for both halves to take the same keywords.
+            use_legacy_format: refused when true; the current format is the only one written.
+            storage_options: for the object store.
+            base_store_params: storage options of further bases.
+            initial_bases: bases to register with a new table.
+            target_bases: bases that the files go to.
+            external_blob_mode: ``reference`` or ``ingest``.
+            allow_external_blob_outside_bases: allow references outside the bases.
+            namespace_impl: the namespace implementation.
+            namespace_properties: what the namespace is connected with.
+            table_id: the table's name in the namespace.
+            retry_params: fields of :class:`lance_ray.retry.RetryPolicy`.
+        """
+        if use_legacy_format or max_rows_per_group is not None:
+            name = "use_legacy_format" if use_legacy_format else "max_rows_per_group"
+            raise InvalidArgumentError(
+                name, True if use_legacy_format else max_rows_per_group, "is of the legacy file format"
+            )
+        self._transform = transform
+        self._ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
+        self._mode = mode
+        self._options = WriteOptions(
+            mode or "overwrite",
+            schema,
+            1024 * 1024,
+            max_rows_per_file,
+            max_bytes_per_file,
+            data_storage_version,
+            enable_stable_row_ids,
+            tuple(initial_bases) if initial_bases else None,
+            tuple(target_bases) if target_bases else None,
+            external_blob_mode,
+            allow_external_blob_outside_bases,
+        )
+        self._retry = RetryPolicy(**(retry_params or {}))
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Write one batch; returns a row for each file."""
+        produced = self._transform(batch) if self._transform is not None else batch
+        is_block = isinstance(produced, (pa.Table, pa.RecordBatch, dict)) or hasattr(produced, "columns")
+        blocks: Iterable[Any] = [produced] if is_block else produced
+        return _as_rows(write_blocks(_spec(self._ref, self._mode, self._options, self._retry), blocks))
+
+
+@functools.lru_cache(maxsize=8)
+def _target(ref: TableRef, mode: str | None) -> WriteTarget:
+    target = WriteTarget.resolve(ref, "overwrite" if mode is None else mode)
+    return dataclasses.replace(target, mode="append") if mode is None and target.base is not None else target
+
+
+def _spec(ref: TableRef, mode: str | None, options: WriteOptions, retry: RetryPolicy) -> WriteSpec:
+    target = _target(ref, mode)
+    schema = target.schema if target.mode == "append" else options.schema
+    return WriteSpec(target, options, schema, None, retry)
+
+
+def _ref(uri: Any, table_id: Any, impl: Any, properties: Any, storage_options: Any, base_store_params: Any) -> TableRef:
+    return TableRef.fold(
+        uri,
+        {
+            "table_id": table_id,
+            "namespace_impl": impl,
+            "namespace_properties": properties,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        },
+    )
+
+
+def _as_rows(files: Sequence[WrittenFile]) -> pa.Table:
+    return pa.table(
+        {
+            "fragment": pa.array([file.fragment for file in files], pa.string()),
+            "schema": pa.array([file.schema for file in files], pa.binary()),
+            "rows": pa.array([file.rows for file in files], pa.int64()),
+            "bytes": pa.array([file.size_bytes for file in files], pa.int64()),
+        }
+    )
+
+
+class LanceFragmentCommitter(LanceDatasink):
+    """The sink for rows that :class:`LanceFragmentWriter` returned: collects them and commits once on the driver.
+
+    After a failure of the job, the files that reached the committer are removed when it is certain that they were not
+    committed.
+    """
+
+    def __init__(
+        self,
+        uri: Any = None,
+        table_id: Sequence[str] | None = None,
+        *,
+        schema: pa.Schema | None = None,
+        mode: Any = "create",
+        enable_stable_row_ids: bool = False,
+        storage_options: dict[str, str] | None = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        initial_bases: Sequence[Any] | None = None,
+        target_bases: Sequence[str] | None = None,
+        namespace_impl: str | None = None,
+        namespace_properties: dict[str, str] | None = None,
+        commit_message: str | None = None,
+        transaction_properties: dict[str, str] | None = None,
+    ) -> None:
+        """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
+        ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
+        options = WriteOptions(
+            mode,
+            schema,
+            enable_stable_row_ids=enable_stable_row_ids,
+            initial_bases=tuple(initial_bases) if initial_bases else None,
+            target_bases=tuple(target_bases) if target_bases else None,
+        )
+        target = WriteTarget.resolve(ref, options.mode)
+        commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
+        spec = WriteSpec(target, options, target.schema if options.mode == "append" else schema)
+        super().__init__(spec, dataclasses.replace(commit, job_id=commit.operation_id))
+
+    @property
+    def min_rows_per_write(self) -> int | None:
+        """None: the rows are few and small."""
+        return None
+
+    @property
+    def min_bytes_per_write(self) -> int | None:
+        """None: as above."""
+        return None
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[WrittenFile]:  # noqa: ARG002 - Ray's signature
+        """Runs on a worker: hands the rows on to the driver."""
+        return [file for block in blocks for file in _from_rows(BlockAccessor.for_block(block).to_arrow())]
+
+    def on_write_failed(self, error: Exception) -> None:
+        """Runs on the driver. Removes what reached the committer, if it is certain that it was not committed."""
+        super().on_write_failed(error)
+        spec = self._spec
+        if self._receipt is None and not self._keep_files:
+            metadata = [file.metadata() for file in self._written if file.fragment]
+            delete_files(spec.target.table, paths_of(spec, metadata))
+
+
+def _from_rows(rows: pa.Table) -> list[WrittenFile]:
+    missing = [name for name in _COLUMNS if name not in rows.schema.names]
+    if missing and rows.num_rows:
+        raise InvalidArgumentError(
+            "ds", rows.schema.names, f"must be what LanceFragmentWriter returns; lacks {missing}"
+        )
+    return [WrittenFile(item["rows"], item["bytes"], item["schema"], item["fragment"]) for item in rows.to_pylist()]

@@ -1,0 +1,357 @@
+"""Frozen option groups. Every check of an argument that needs no table lives here, in ``__post_init__``.
+
+Public functions take flat keywords and fold them into these values in their first statement, so that an option is
+declared, checked and documented once and internal functions stay small.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import inspect
+import random
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lance
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lance_ray.errors import InvalidArgumentError
+
+Pairs = tuple[tuple[str, str], ...]
+"""A mapping of strings as a sorted tuple: hashable and picklable, which a dict and a proxy are not."""
+
+MODES = ("create", "append", "overwrite", "ignore")
+_SAVE_MODES = {"error": "create", "errorifexists": "create", **{mode: mode for mode in MODES}}
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+def pairs(options: Mapping[str, Any] | None, parameter: str) -> Pairs | None:
+    """A mapping of options as :data:`Pairs`, or None for None and for an empty mapping.
+
+    An empty set must not reach the engine as a dict: it would switch the refresh of vended credentials off.
+    """
+    if options is None:
+        return None
+    if not isinstance(options, Mapping):
+        raise InvalidArgumentError(parameter, type(options).__name__, "must be a mapping of strings")
+    bad = [key for key in options if not isinstance(key, str)]
+    if bad:
+        raise InvalidArgumentError(parameter, bad, "keys must be strings")
+    return tuple(sorted((key, str(value)) for key, value in options.items() if value is not None)) or None
+
+
+def nested_pairs(options: Mapping[str, Mapping[str, Any]] | None, parameter: str) -> tuple[tuple[str, Pairs], ...]:
+    """``base_store_params``: a mapping of base URI to storage options, hashable."""
+    return tuple(sorted((base, pairs(inner, parameter) or ()) for base, inner in (options or {}).items()))
+
+
+def check_positive(parameter: str, value: Any, *, optional: bool = True, zero: bool = False) -> None:
+    """Refuse what is not a whole number above zero (or at least zero)."""
+    if value is None and optional:
+        return
+    low = 0 if zero else 1
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
+        raise InvalidArgumentError(parameter, value, f"must be a whole number of at least {low}")
+
+
+def _strings(parameter: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise InvalidArgumentError(parameter, value, "must be a list of strings")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How a dataset is opened, on the driver and on every worker alike."""
+
+    block_size: int | None = None
+    index_cache_size_bytes: int | None = None
+    metadata_cache_size_bytes: int | None = None
+    default_scan_options: Mapping[str, Any] | None = field(default=None, hash=False, compare=False)
+    commit_lock: Any = field(default=None, hash=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        check_positive("index_cache_size_bytes", self.index_cache_size_bytes, zero=True)
+        check_positive("metadata_cache_size_bytes", self.metadata_cache_size_bytes, zero=True)
+        if self.commit_lock is not None and not callable(self.commit_lock):
+            raise InvalidArgumentError("commit_lock", self.commit_lock, "must be callable")
+        if self.default_scan_options is not None:
+            object.__setattr__(self, "default_scan_options", dict(self.default_scan_options))
+
+
+_FOLDED_KEYS = frozenset({"columns", "filter", "limit", "offset", "with_row_id", "with_row_address", "fragments"})
+_SCANNER_KEYS = _FOLDED_KEYS | set(inspect.signature(lance.LanceDataset.scanner).parameters) - {"self"}
+_SEARCH_KEYS = ("nearest", "full_text_query")
+_SPECIAL_FILTER = "a Lance filter: SQL text, a pyarrow expression, or for searches a query object or dict"
+
+
+@dataclass(frozen=True, slots=True)
+class ScanOptions:
+    """What a read asks of Lance's scanner; the part that the planner needs is folded into fields of its own."""
+
+    columns: tuple[str, ...] | None = None
+    expressions: Pairs = ()
+    """Columns computed by SQL, as (name, expression); then ``columns`` is None."""
+    filter: Any = None
+    limit: int | None = None
+    offset: int = 0
+    with_row_id: bool = False
+    with_row_address: bool = False
+    with_fragment_id: bool = False
+    fragment_ids: tuple[int, ...] | None = None
+    scanner: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fold(
+        cls,
+        scanner_options: Mapping[str, Any] | None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        **flat: Any,
+    ) -> ScanOptions:
+        """One value from flat keywords, ``scanner_options`` and ``default_scan_options``, in that precedence."""
+        for parameter, options in (("scanner_options", scanner_options), ("default_scan_options", defaults)):
+            unknown = set(options or ()) - _SCANNER_KEYS
+            if unknown:
+                raise InvalidArgumentError(parameter, sorted(unknown), f"known keys are {sorted(_SCANNER_KEYS)}")
+        merged = {**(defaults or {}), **(scanner_options or {})}
+        merged.update({key: value for key, value in flat.items() if value is not None and value is not False})
+        fragments = merged.pop("fragments", None)
+        if fragments is not None and merged.get("fragment_ids") is None:
+            merged["fragment_ids"] = [getattr(item, "fragment_id", item) for item in fragments]
+        rest = {key: merged.pop(key) for key in _SCANNER_KEYS - _FOLDED_KEYS if merged.get(key) is not None}
+        columns = merged.pop("columns", None)
+        computed = isinstance(columns, Mapping)
+        return cls(
+            columns=None if computed or columns is None else _fold_columns(columns),
+            expressions=_fold_expressions(columns) if computed else (),
+            offset=_or_zero(merged.pop("offset", None)),
+            fragment_ids=_fold_fragment_ids(merged.pop("fragment_ids", None)),
+            scanner=rest,
+            **{key: value for key, value in merged.items() if value is not None},
+        )
+
+    def __post_init__(self) -> None:
+        check_positive("limit", self.limit, zero=True)
+        check_positive("offset", self.offset, optional=False, zero=True)
+        for name in ("batch_size", "batch_size_bytes", "io_buffer_size", "batch_readahead", "fragment_readahead"):
+            check_positive(name, self.scanner.get(name))
+        plain = self.filter is None or isinstance(self.filter, (str, pc.Expression))
+        if not plain and not self.is_search:
+            raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
+        if isinstance(self.filter, str) and not self.filter.strip():
+            raise InvalidArgumentError("filter", self.filter, "must not be empty; leave it out to read every row")
+        if all(self.scanner.get(key) is not None for key in _SEARCH_KEYS):
+            raise InvalidArgumentError("nearest", "...", "cannot be combined with full_text_query in one read")
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the rows come from a ranking (vector or text), not from a scan in table order."""
+        return any(self.scanner.get(key) is not None for key in _SEARCH_KEYS)
+
+    @property
+    def is_single_task(self) -> bool:
+        """Whether only one scanner over the whole table gives the right rows: a ranking, or a global order."""
+        return self.is_search or self.scanner.get("order_by") is not None
+
+    @property
+    def refuses_predicates(self) -> bool:
+        """Whether a later filter must see exactly the rows selected here, and so may not be pushed below them."""
+        return self.is_single_task or self.limit is not None or self.offset > 0
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The selected output columns, or None for all."""
+        return tuple(name for name, _ in self.expressions) if self.expressions else self.columns
+
+
+def _or_zero(value: Any) -> Any:
+    return 0 if value is None else value
+
+
+def fold_dataset_options(given: Mapping[str, Any] | None, **flat: Any) -> tuple[Any, Any, OpenOptions]:
+    """``version``, ``asof`` and how to open, from lance-ray's ``dataset_options`` and flat keywords, which win."""
+    merged = {**(given or {}), **{key: value for key, value in flat.items() if value is not None}}
+    entries = merged.pop("index_cache_size", None)
+    if entries is not None:  # the engine's older unit, of 20 MiB
+        check_positive("index_cache_size", entries, zero=True)
+        merged.setdefault("index_cache_size_bytes", entries * 20 * 1024**2)
+    unknown = sorted(set(merged) - set(flat))
+    if unknown:
+        raise InvalidArgumentError("dataset_options", unknown, f"known keys are {sorted({*flat, 'index_cache_size'})}")
+    version, asof = merged.pop("version", None), merged.pop("asof", None)
+    return version, asof, OpenOptions(**merged)
+
+
+def fold_seed(shuffle: Any) -> int | None:
+    """``shuffle`` as a seed: None for no, a new one for True."""
+    if shuffle is None or shuffle is False:
+        return None
+    if shuffle is True:
+        return random.SystemRandom().randrange(2**31)
+    check_positive("shuffle", shuffle, zero=True)
+    return int(shuffle)
+
+
+def _fold_expressions(columns: Mapping[str, str]) -> Pairs:
+    bad = [name for name, sql in columns.items() if not (isinstance(name, str) and isinstance(sql, str))]
+    if bad or not columns:
+        raise InvalidArgumentError("columns", bad or columns, "a dict maps new names to SQL expressions")
+    return tuple(columns.items())
+
+
+def _fold_columns(columns: Any) -> tuple[str, ...]:
+    names = _strings("columns", columns)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InvalidArgumentError("columns", repeated, "each column may be named once")
+    return names
+
+
+def _fold_fragment_ids(fragment_ids: Any) -> tuple[int, ...] | None:
+    if fragment_ids is None:
+        return None
+    values = tuple(fragment_ids)
+    for value in values:
+        check_positive("fragment_ids", value, optional=False, zero=True)
+    return tuple(int(value) for value in dict.fromkeys(values))
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How a read is cut into tasks."""
+
+    fragment_group_size: int | None = None
+    override_num_blocks: int | None = None
+    shuffle_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("fragment_group_size", self.fragment_group_size)
+        check_positive("override_num_blocks", self.override_num_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """How rows become files, and what the commit says."""
+
+    mode: str = "create"
+    schema: pa.Schema | None = None
+    min_rows_per_file: int = 1024 * 1024
+    max_rows_per_file: int = 64 * 1024 * 1024
+    max_bytes_per_file: int | None = None
+    data_storage_version: str | None = None
+    enable_stable_row_ids: bool = False
+    initial_bases: tuple[Any, ...] | None = None
+    target_bases: tuple[str, ...] | None = None
+    external_blob_mode: str = "reference"
+    allow_external_blob_outside_bases: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", _fold_mode(self.mode))
+        if self.schema is not None and not isinstance(self.schema, pa.Schema):
+            to_pyarrow = getattr(self.schema, "to_pyarrow", None)
+            if to_pyarrow is None:
+                raise InvalidArgumentError("schema", type(self.schema).__name__, "must be a pyarrow.Schema")
+            object.__setattr__(self, "schema", to_pyarrow())
+        check_positive("min_rows_per_file", self.min_rows_per_file, optional=False)
+        check_positive("max_rows_per_file", self.max_rows_per_file, optional=False)
+        check_positive("max_bytes_per_file", self.max_bytes_per_file)
+        if self.rows_decide and self.min_rows_per_file > self.max_rows_per_file:
+            raise InvalidArgumentError(
+                "min_rows_per_file", self.min_rows_per_file, f"exceeds max_rows_per_file={self.max_rows_per_file}"
+            )
+        if self.external_blob_mode not in ("reference", "ingest"):
+            raise InvalidArgumentError("external_blob_mode", self.external_blob_mode, "must be 'reference' or 'ingest'")
+        if self.allow_external_blob_outside_bases and self.external_blob_mode == "ingest":
+            raise InvalidArgumentError(
+                "allow_external_blob_outside_bases", True, "needs external_blob_mode='reference'"
+            )
+        if self.initial_bases is not None and self.mode == "append":
+            raise InvalidArgumentError("initial_bases", "...", "can only be given when a table is created")
+
+    @property
+    def rows_decide(self) -> bool:
+        """Whether the caller asked for files by rows; by default bytes decide."""
+        return self.min_rows_per_file != 1024 * 1024
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of blocks that one write task takes, and so about the size of a file in memory."""
+        return min(self.max_bytes_per_file or DEFAULT_BUNDLE_BYTES, MAX_BUNDLE_BYTES)
+
+    @property
+    def file_bytes(self) -> int:
+        """Upper bound in memory bytes for one output file, short of one slice."""
+        return self.max_bytes_per_file or DEFAULT_FILE_BYTES
+
+
+DEFAULT_BUNDLE_BYTES = 256 * 1024**2
+DEFAULT_FILE_BYTES = 1024**3
+MAX_BUNDLE_BYTES = 1024**3
+
+
+def _fold_mode(mode: Any) -> str:
+    text = str(getattr(mode, "value", mode)).lower()
+    if text == "upsert":
+        raise InvalidArgumentError(
+            "mode",
+            text,
+            "an upsert needs key columns and row matching, which this writer does not have; allowed"
+            " are 'create', 'append', 'overwrite' and 'ignore'",
+        )
+    if text not in _SAVE_MODES:
+        raise InvalidArgumentError("mode", text, f"must be one of {sorted(_SAVE_MODES)}")
+    return _SAVE_MODES[text]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOptions:
+    """What a commit carries, and how long it may take."""
+
+    message: str | None = None
+    properties: Pairs = ()
+    job_id: str | None = None
+    timeout_seconds: float = 600.0
+    max_attempts: int = 20
+
+    def __post_init__(self) -> None:
+        if self.job_id is not None and not (isinstance(self.job_id, str) and _JOB_ID.fullmatch(self.job_id)):
+            raise InvalidArgumentError(
+                "job_id", self.job_id, "must be 1 to 128 letters, digits, '.', '_' or '-', not starting with a sign"
+            )
+
+    @property
+    def operation_id(self) -> str:
+        """The caller's job id, or a new one."""
+        return self.job_id or uuid.uuid4().hex
+
+
+def fold_version(version: Any, asof: Any, branch: Any) -> tuple[int | str | None, dt.datetime | None, str | None]:
+    """``version``, ``asof`` and ``branch`` checked; a time comes back aware (naive means local)."""
+    if version is not None and asof is not None:
+        raise InvalidArgumentError("asof", asof, f"cannot be combined with version={version!r}")
+    if version is not None and not isinstance(version, str):
+        check_positive("version", version)
+    if branch is not None and not (isinstance(branch, str) and branch):
+        raise InvalidArgumentError("branch", branch, "must be the name of a branch")
+    return version, None if asof is None else _fold_time(asof), branch
+
+
+def _fold_time(asof: Any) -> dt.datetime:
+    if isinstance(asof, str):
+        try:
+            asof = dt.datetime.fromisoformat(asof)
+        except ValueError:
+            raise InvalidArgumentError("asof", asof, "must be a datetime or an ISO 8601 string") from None
+    if isinstance(asof, dt.date) and not isinstance(asof, dt.datetime):
+        asof = dt.datetime(asof.year, asof.month, asof.day)
+    if hasattr(asof, "to_pydatetime"):
+        asof = asof.to_pydatetime()
+    if not isinstance(asof, dt.datetime):
+        raise InvalidArgumentError("asof", asof, "must be a datetime or an ISO 8601 string")
+    return asof.astimezone()

@@ -1,0 +1,391 @@
+"""The worker side of reading, and what the driver asks the engine once per plan.
+
+:class:`ReadSpec` is what every task of a read shares; :func:`scan` turns one task into Arrow tables. Both sides work on
+the pinned version alone, so any process can run any task again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+from lance.dataset import serialize_row_addrs
+
+from lance_ray.arrow import row_width
+from lance_ray.errors import InvalidArgumentError, translate_errors
+from lance_ray.options import ScanOptions
+from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
+from lance_ray.predicates import apply_residual, columns_of
+from lance_ray.retry import RetryPolicy
+from lance_ray.table import PinnedTable
+
+if TYPE_CHECKING:
+    from ray.data.expressions import Expr
+
+ROW_ID, ROW_ADDRESS, FRAGMENT_ID = "_rowid", "_rowaddr", "_fragid"
+META_COLUMNS = (ROW_ID, ROW_ADDRESS, "_row_created_at_version", "_row_last_updated_at_version", "_rowoffset")
+
+GATHER_BYTES = 32 * 1024**2
+"""Small batches are gathered to tables of this size before Ray sees them."""
+
+INDEX_ANSWER_ROWS = 1_000_000
+"""Above so many matches the answer of an index is not shipped to the tasks; they filter themselves."""
+
+# Ray gives a block without columns no rows. Its own readers keep the count of an empty projection in a null column of
+# this name, which consumers drop.
+ROW_COUNT_COLUMN = "__bsp_stub"
+
+_SAMPLED_FRAGMENTS = 128
+_EXACT_INDICES = {"BTree", "Bitmap", "LabelList"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSpec:
+    """What the tasks of one read share: the snapshot, the scan, and what Ray pushed down into it."""
+
+    table: PinnedTable
+    scan: ScanOptions
+    schema: pa.Schema
+    """Of the rows that come out: the scan's, or for several tables their union."""
+    sql: str | None = None
+    residual: Expr | None = None
+    projection: tuple[str, ...] | None = None
+    batch_size: int | None = None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether the number of rows is not known before the scan."""
+        return self.scan.filter is not None or self.sql is not None or self.residual is not None
+
+    @property
+    def output_schema(self) -> pa.Schema:
+        """The schema after the pushed projection."""
+        if self.projection is None:
+            return self.schema
+        return pa.schema([self.schema.field(name) for name in self.projection], self.schema.metadata)
+
+    @property
+    def filter(self) -> Any:
+        """What the scanner filters by: the caller's filter, and what Ray pushed."""
+        if self.scan.filter is None or self.sql is None:
+            return self.sql if self.scan.filter is None else self.scan.filter
+        return f"({self.scan.filter}) AND ({self.sql})"
+
+    def scanned_columns(self, available: pa.Schema) -> Any:
+        """The scanner's ``columns``: those that come out of this table, and those that the residual looks at."""
+        if self.scan.expressions:
+            wanted = None if self.projection is None else {*self.projection, *self._residual_columns()}
+            return {name: sql for name, sql in self.scan.expressions if wanted is None or name in wanted}
+        names = self.projection if self.projection is not None else self.scan.names
+        if names is None:
+            return None
+        wanted_names = dict.fromkeys((*names, *self._residual_columns()))
+        return [name for name in wanted_names if name in available.names or name in META_COLUMNS]
+
+    def _residual_columns(self) -> tuple[str, ...]:
+        return () if self.residual is None else tuple(sorted(columns_of(self.residual)))
+
+    def wants(self, name: str, *, asked: bool) -> bool:
+        """Whether a row id or address column comes out."""
+        if self.projection is not None:
+            return name in self.projection or name in self._residual_columns()
+        return asked or name in (self.scan.names or ())
+
+    def scanner_kwargs(self, dataset: lance.LanceDataset) -> dict[str, Any]:
+        """Keywords of ``LanceDataset.scanner`` but for which rows it sees."""
+        kwargs = dict(self.scan.scanner)
+        if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
+            kwargs["batch_size"] = self.batch_size
+        columns = self.scanned_columns(dataset.schema)
+        fragment_id = self.wants(FRAGMENT_ID, asked=self.scan.with_fragment_id)
+        return {
+            **kwargs,
+            "columns": columns,
+            "filter": self.filter,
+            "with_row_id": self.wants(ROW_ID, asked=self.scan.with_row_id) or None,
+            "with_row_address": fragment_id or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address) or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTaskRows:
+    """Which rows a task reads: pieces of the table, the rows of an index's answer, or (neither) the whole scan."""
+
+    pieces: tuple[Piece, ...] | None = None
+    row_ids: bytes | None = None
+    fragment_ids: tuple[int, ...] = ()
+
+
+def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
+    """The schema of a scan's rows; checks columns and filter against the table without reading any data.
+
+    Raises:
+        InvalidArgumentError: unknown column, a filter that does not parse or fit the types, an unknown option.
+    """
+    dataset = table.open()
+    _check_columns(dataset, scan)
+    spec = ReadSpec(table, scan, pa.schema([]))
+    kwargs = {**spec.scanner_kwargs(dataset), "filter": None}
+    with _argument_errors("columns", scan.columns):
+        schema = dataset.scanner(**kwargs).projected_schema
+    if scan.filter is not None and not scan.is_search:
+        with _argument_errors("filter", scan.filter):
+            dataset.scanner(columns=[], with_row_id=True, filter=scan.filter).explain_plan()
+    if scan.with_fragment_id:
+        schema = pa.schema([*schema, pa.field(FRAGMENT_ID, pa.uint64())], schema.metadata)
+    return schema
+
+
+def _check_columns(dataset: lance.LanceDataset, scan: ScanOptions) -> None:
+    known = {*dataset.schema.names, *META_COLUMNS, FRAGMENT_ID}
+    if scan.is_search:
+        known |= {"_distance", "_score"}
+    unknown = [name for name in scan.columns or () if name not in known and name.partition(".")[0] not in known]
+    if unknown:
+        raise InvalidArgumentError(
+            "columns", unknown, f"are not columns of the table, which has {dataset.schema.names}"
+        )
+
+
+class _argument_errors:  # noqa: N801 - a context manager, used as a function
+    """Turns what the engine says of one argument into an InvalidArgumentError that names it."""
+
+    def __init__(self, parameter: str, value: Any) -> None:
+        self._parameter, self._value = parameter, value
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, TypeError, KeyError, pa.ArrowInvalid)):
+            message = re.sub(r",?\s*/\S+\.rs:\d+:\d+", "", str(error))
+            raise InvalidArgumentError(self._parameter, self._value, message) from None
+
+
+def bytes_per_row(table: PinnedTable, schema: pa.Schema) -> float:
+    """About how many bytes a row of these columns takes in memory.
+
+    Fixed-width columns count exactly. Variable ones share what the sizes of the data files in the manifest leave for
+    them, sampled over the table; nothing is read but the manifest.
+    """
+    dataset = table.open()
+    fixed, variable = row_width(schema)
+    if variable == 0:
+        return float(fixed)
+    all_fixed, all_variable = row_width(dataset.schema)
+    ids = list(dataset.fragment_ids())
+    step = max(1, len(ids) // _SAMPLED_FRAGMENTS)
+    size = rows = 0
+    for fragment_id in ids[::step]:
+        metadata = _fragment(dataset, fragment_id).metadata
+        size += sum(file.file_size_bytes or 0 for file in metadata.files)
+        rows += metadata.physical_rows
+    on_disk = size / rows if rows else 0.0
+    per_column = max(16.0, (on_disk - 0.5 * all_fixed) / max(all_variable, 1))
+    return fixed + variable * per_column
+
+
+def fragment_stats(table: PinnedTable, row_bytes: float, fragment_ids: Sequence[int] | None) -> FragmentStats:
+    """The fragments of the snapshot in table order, from the manifest alone."""
+    fragments = table.open().get_fragments()
+    ids = [fragment.fragment_id for fragment in fragments]
+    rows = [fragment.physical_rows - fragment.num_deletions for fragment in fragments]
+    stats = FragmentStats(ids, rows, [row_bytes * count for count in rows])
+    return stats if fragment_ids is None else stats.select(positions_of(ids, fragment_ids))
+
+
+def index_answer(spec: ReadSpec) -> np.ndarray | None:
+    """Row ids and addresses of the rows that match, if scalar indices alone can say so; else None.
+
+    Returns:
+        A (2, n) uint64 array in table order: row ids, row addresses. None where an index does not cover every fragment,
+        is not exact, or matches more than :data:`INDEX_ANSWER_ROWS` rows.
+    """
+    dataset = spec.table.open()
+    if spec.filter is None or spec.scan.scanner.get("use_scalar_index") is False or not dataset.describe_indices():
+        return None
+    fragments = _fragments(dataset, spec.scan.fragment_ids)
+    kwargs = {
+        "columns": [],
+        "with_row_id": True,
+        "with_row_address": True,
+        "filter": spec.filter,
+        "fragments": fragments,
+    }
+    plan = dataset.scanner(**kwargs).explain_plan()
+    if not _is_answered_by_indices(dataset, plan):
+        return None
+    with translate_errors("read an index of", spec.table.uri, secrets=spec.table.secrets):
+        rows = dataset.scanner(**kwargs, limit=INDEX_ANSWER_ROWS + 1).to_table()
+    if rows.num_rows > INDEX_ANSWER_ROWS:
+        return None
+    answer = np.stack([rows[ROW_ID].to_numpy(), rows[ROW_ADDRESS].to_numpy()]).astype(np.uint64)
+    return answer[:, np.argsort(answer[1], kind="stable")]
+
+
+def _is_answered_by_indices(dataset: lance.LanceDataset, plan: str) -> bool:
+    used = re.findall(r"@(\S+?)\((\w+)\)", plan)
+    reads = re.findall(r"refine_filter=(.*)", plan)
+    if not used or "ScalarIndexQuery" not in plan or reads != ["--"]:
+        return False
+    if any(kind not in _EXACT_INDICES for _, kind in used):
+        return False
+    everything = set(dataset.fragment_ids())
+    return all(everything <= covered_fragments(dataset, name) for name, _ in used)
+
+
+def covered_fragments(dataset: lance.LanceDataset, name: str) -> set[int]:
+    """The fragments that the segments of an index cover together."""
+    description = next(item for item in dataset.describe_indices() if item.name == name)
+    return {fragment for segment in description.segments for fragment in segment.fragment_ids}
+
+
+def _fragments(dataset: lance.LanceDataset, ids: Sequence[int] | None) -> list[Any] | None:
+    return None if ids is None else [_fragment(dataset, item) for item in ids]
+
+
+def _fragment(dataset: lance.LanceDataset, fragment_id: int) -> Any:
+    """A fragment of the pinned version, where a planned id always exists."""
+    return dataset.get_fragment(fragment_id)
+
+
+def scan(spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
+    """The rows of one task as tables of a sensible size, in table order.
+
+    A transient storage error in mid-scan is retried from the row reached. What Ray pushed and Lance cannot decide
+    exactly is filtered here by Ray's own code.
+    """
+    dataset = spec.table.open()
+    if spec.projection == () and spec.residual is None:
+        yield from _count_only(dataset, spec, rows)
+        return
+    for table in _gathered(_batches(dataset, spec, rows)):
+        finished = _finish(table, spec)
+        if finished.num_rows:
+            yield finished
+
+
+def _count_only(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
+    bare = dataclasses.replace(spec, projection=None, scan=dataclasses.replace(spec.scan, columns=(ROW_ID,)))
+    for selection in _selections(dataset, bare, rows):
+        with translate_errors("count", spec.table.uri, secrets=spec.table.secrets):
+            count = dataset.scanner(**{**bare.scanner_kwargs(dataset), **selection}).count_rows()
+        if count:
+            yield pa.table({ROW_COUNT_COLUMN: pa.nulls(count)})
+
+
+def _batches(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.RecordBatch]:
+    kwargs = spec.scanner_kwargs(dataset)
+    for selection in _selections(dataset, spec, rows):
+
+        def open_stream(done: int, selection: dict[str, Any] = selection) -> Iterator[pa.RecordBatch]:
+            return _stream(dataset, spec, {**kwargs, **_after(selection, done)})
+
+        yield from spec.retry.iterate(open_stream, size=lambda batch: int(batch.num_rows))
+
+
+def _stream(dataset: lance.LanceDataset, spec: ReadSpec, kwargs: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    if kwargs.get("limit") == 0:
+        return
+    with translate_errors("scan", spec.table.uri, secrets=spec.table.secrets):
+        yield from dataset.scanner(**kwargs).to_batches()
+
+
+def _after(selection: dict[str, Any], done: int) -> dict[str, Any]:
+    """The same rows without the first ``done``. Lance counts offset and limit in rows that pass, in table order."""
+    if done == 0:
+        return selection
+    limit = selection.get("limit")
+    return {
+        **selection,
+        "offset": (selection.get("offset") or 0) + done,
+        "limit": None if limit is None else limit - done,
+    }
+
+
+def _selections(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[dict[str, Any]]:
+    """The scanners of a task: one for each run of whole fragments, one for each row range."""
+    if rows.row_ids is not None:
+        ids = np.frombuffer(rows.row_ids, dtype=np.uint64)
+        fragments = _fragments(dataset, rows.fragment_ids)
+        yield {"fragments": fragments, "row_addr_allowlist": serialize_row_addrs(ids.tolist()), "filter": None}
+        return
+    if rows.pieces is None:
+        limit, offset = spec.scan.limit, spec.scan.offset or None
+        yield {"fragments": _fragments(dataset, spec.scan.fragment_ids), "limit": limit, "offset": offset}
+        return
+    whole: list[Any] = []
+    for piece in rows.pieces:
+        if piece.is_whole:
+            whole.extend(_fragment(dataset, item) for item in range(piece.first, piece.last + 1))
+            continue
+        if whole:
+            yield {"fragments": whole}
+            whole = []
+        yield _row_range(dataset, spec, piece)
+    if whole:
+        yield {"fragments": whole}
+
+
+def _row_range(dataset: lance.LanceDataset, spec: ReadSpec, piece: Piece) -> dict[str, Any]:
+    assert piece.stop is not None  # noqa: S101 - only called for pieces that are not whole
+    fragments = [_fragment(dataset, piece.first)]
+    window: dict[str, Any] = {"offset": piece.start or None, "limit": piece.stop - piece.start}
+    if spec.filter is None:
+        return {"fragments": fragments, **window}
+    # With a filter, offset and limit would count the rows that pass: mask the range by row id instead.
+    with translate_errors("scan", spec.table.uri, secrets=spec.table.secrets):
+        ids = dataset.scanner(fragments=fragments, columns=[], with_row_id=True, **window).to_table()[ROW_ID]
+    return {"fragments": fragments, "row_addr_allowlist": serialize_row_addrs(ids.to_pylist())}
+
+
+def _gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    held: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size >= GATHER_BYTES:
+            yield _as_table(held, size)
+            held, size = [], 0
+    if held:
+        yield _as_table(held, size)
+
+
+def _as_table(batches: list[pa.RecordBatch], size: int) -> pa.Table:
+    table = pa.Table.from_batches(batches)
+    # A copy of tiny chunks costs less than what every consumer pays for each chunk.
+    return table.combine_chunks() if len(batches) > 1 and size < len(batches) * 256 * 1024 else table
+
+
+def _finish(table: pa.Table, spec: ReadSpec) -> pa.Table:
+    """The table as it comes out: fragment ids computed, the residual applied, columns as the schema says."""
+    if FRAGMENT_ID in spec.output_schema.names or (spec.residual and FRAGMENT_ID in columns_of(spec.residual)):
+        addresses = table[ROW_ADDRESS].to_numpy()
+        table = table.append_column(FRAGMENT_ID, pa.array(addresses >> np.uint64(32), pa.uint64()))
+    if spec.residual is not None:
+        table = apply_residual(table, spec.residual)
+    if spec.projection == ():
+        return pa.table({ROW_COUNT_COLUMN: pa.nulls(table.num_rows)})
+    wanted = spec.output_schema
+    if table.schema.names == wanted.names:
+        return table
+    present = set(table.schema.names)
+    columns = [table[item.name] if item.name in present else pa.nulls(table.num_rows, item.type) for item in wanted]
+    return pa.table(columns, schema=_with_types(wanted, columns))
+
+
+def _with_types(schema: pa.Schema, columns: Sequence[Any]) -> pa.Schema:
+    return pa.schema([item.with_type(column.type) for item, column in zip(schema, columns, strict=True)])
+
+
+def read_batch_rows(schema: pa.Schema, row_bytes: float) -> int:
+    """Rows of a scan batch for these columns."""
+    return batch_rows(row_bytes if len(schema) else 8.0)

@@ -1,0 +1,365 @@
+"""Which table: asked for (:class:`TableRef`), resolved (:class:`PinnedTable`), to be written (:class:`WriteTarget`).
+
+The only place that opens datasets. Workers get a :class:`PinnedTable`: a physical URI and an integer version that the
+driver resolved once. The serialised manifest is left out on purpose, so that what is shipped does not grow with the
+number of fragments; each process opens the version once and keeps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import lance
+import pyarrow as pa
+
+from lance_ray import catalog
+from lance_ray.catalog import NamespaceRef
+from lance_ray.errors import (
+    InvalidArgumentError,
+    TableExistsError,
+    TableNotFoundError,
+    VersionNotFoundError,
+    translate_errors,
+)
+from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs
+
+BaseParams = tuple[tuple[str, Pairs], ...]
+
+_INDEX_CACHE_BYTES = 1024**3
+_METADATA_CACHE_BYTES = 512 * 1024**2
+_MAX_OPEN_DATASETS = 16
+_MAX_SESSIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TableRef:
+    """The table that the caller named, by exactly one addressing style."""
+
+    uri: str | None = None
+    namespace: NamespaceRef | None = None
+    table_id: tuple[str, ...] = ()
+    version: int | str | None = None
+    asof: dt.datetime | None = None
+    branch: str | None = None
+    storage_options: Pairs | None = field(default=None, repr=False)
+    base_store_params: BaseParams = field(default=(), repr=False)
+    open_options: OpenOptions = field(default_factory=OpenOptions)
+
+    @classmethod
+    def fold(
+        cls,
+        uri: Any,
+        address: dict[str, Any],
+        *,
+        version: Any = None,
+        asof: Any = None,
+        branch: Any = None,
+        open_options: OpenOptions | None = None,
+    ) -> TableRef:
+        """The value for a public function's flat keywords.
+
+        Args:
+            uri: a path, URI, ``pathlib.Path`` or an opened ``LanceDataset`` (then its version is the default).
+            address: ``table_id``, ``namespace_impl``, ``namespace_properties``, ``storage_options``,
+                ``base_store_params`` as the caller gave them.
+            version: number or tag.
+            asof: time, inclusive; naive means local.
+            branch: name of a branch.
+            open_options: how to open it.
+
+        Raises:
+            InvalidArgumentError: both or neither of ``uri`` and a namespace, or another bad argument.
+        """
+        version, asof, branch = fold_version(version, asof, branch)
+        storage_options = pairs(address.get("storage_options"), "storage_options")
+        if isinstance(uri, lance.LanceDataset):
+            if version is None and asof is None and branch is None:
+                version = uri.version
+            storage_options = storage_options or pairs(uri.latest_storage_options(), "storage_options")
+            uri = uri.uri
+        namespace, table_id = _fold_namespace(uri, address)
+        return cls(
+            uri=None if uri is None else normalize_uri(uri),
+            namespace=namespace,
+            table_id=table_id,
+            version=version,
+            asof=asof,
+            branch=branch,
+            storage_options=storage_options,
+            base_store_params=nested_pairs(address.get("base_store_params"), "base_store_params"),
+            open_options=open_options or OpenOptions(),
+        )
+
+    @property
+    def target(self) -> str:
+        """The address for messages, without secrets."""
+        return self.uri or f"{self.namespace.impl if self.namespace else '?'}:{'.'.join(self.table_id)}"
+
+    def locate(self) -> catalog.TableLocation:
+        """The physical address, asked of the namespace where there is one."""
+        if self.namespace is None:
+            assert self.uri is not None  # noqa: S101 - fold() lets exactly one addressing style pass
+            return catalog.TableLocation(self.uri, self.storage_options)
+        found = catalog.describe(self.namespace, self.table_id)
+        return dataclasses.replace(
+            found,
+            uri=normalize_uri(found.uri),
+            storage_options=catalog.merge_options(self.storage_options, found.storage_options),
+        )
+
+    def pin(self) -> PinnedTable:
+        """The version asked for, resolved now: one describe where there is a namespace, and one open.
+
+        Raises:
+            TableNotFoundError: there is no table at the address.
+            VersionNotFoundError: it has no such version, tag or branch, or none as old as ``asof``.
+            StorageError: the store could not be reached, or refused.
+        """
+        return self.at(self.locate())
+
+    def at(self, location: catalog.TableLocation) -> PinnedTable:
+        """The same for an address that the namespace was already asked for."""
+        latest = PinnedTable(self, location.uri, 0, location.storage_options, location.managed_versioning)
+        if self.branch is not None:
+            latest = dataclasses.replace(latest, uri=self._branch_uri(latest))
+        dataset = self._open(latest)
+        version = dataset.version if self.asof is None else _version_asof(dataset, self.asof, self.target)
+        pinned = dataclasses.replace(latest, version=version)
+        _OPENED.put(pinned.key, dataset if dataset.version == version else pinned.open_at(version))
+        return pinned
+
+    def _open(self, latest: PinnedTable) -> lance.LanceDataset:
+        try:
+            return latest.open_at(self.version)
+        except VersionNotFoundError:
+            latest.open_at(None)  # a missing table is another error than a missing version
+            raise
+
+    def _branch_uri(self, main: PinnedTable) -> str:
+        dataset = main.open_at(None)
+        if self.branch == "main":
+            return main.uri
+        if self.branch not in dataset.branches.list():
+            raise VersionNotFoundError(self.target, self.branch, "no such branch")
+        # The layout of branches is part of the table format: https://lance.org/format/table/branch_tag
+        return f"{main.uri.rstrip('/')}/tree/{self.branch}"
+
+
+def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | None, tuple[str, ...]]:
+    impl, table_id = address.get("namespace_impl"), address.get("table_id")
+    given = {key for key in ("namespace_impl", "namespace_properties", "table_id") if address.get(key) is not None}
+    if uri is not None:
+        if given:
+            raise InvalidArgumentError("uri", str(uri), f"cannot be combined with {sorted(given)}")
+        return None, ()
+    if impl is None or table_id is None:
+        raise InvalidArgumentError("uri", None, "give either uri, or namespace_impl and table_id")
+    parts = (table_id,) if isinstance(table_id, str) else tuple(table_id)
+    if not parts or not all(isinstance(part, str) and part for part in parts):
+        raise InvalidArgumentError("table_id", table_id, "must be a non-empty list of names")
+    return NamespaceRef(str(impl), pairs(address.get("namespace_properties"), "namespace_properties") or ()), parts
+
+
+def normalize_uri(uri: Any) -> str:
+    """``uri`` as it means the same on every node: ``~``, relative paths and ``file://`` become absolute paths."""
+    if not isinstance(uri, (str, os.PathLike)):
+        raise InvalidArgumentError("uri", type(uri).__name__, "must be a path, a URI or a LanceDataset")
+    text = os.fspath(uri)
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidArgumentError("uri", text, "must not be empty")
+    scheme = urlsplit(text).scheme
+    if scheme == "file":
+        return unquote(urlsplit(text).path)
+    if len(scheme) > 1 and "://" in text:
+        return text
+    return str(Path(text).expanduser().absolute())
+
+
+def is_local(uri: str) -> bool:
+    """Whether the table lies in a file system of the machine, where an operation ends when its call returns."""
+    return "://" not in uri
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedTable:
+    """A table at one version: what may be shipped to a worker. Hashable, picklable, shows no secret."""
+
+    ref: TableRef
+    uri: str
+    version: int
+    storage_options: Pairs | None = field(default=None, repr=False)
+    managed_versioning: bool = False
+
+    @property
+    def key(self) -> str:
+        """Identity for caches, without secrets: credentials go in as a digest."""
+        text = repr(
+            (self.storage_options, self.ref.base_store_params, self.ref.namespace and self.ref.namespace.properties)
+        )
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        options = self.ref.open_options
+        return repr(
+            (
+                self.uri,
+                self.version,
+                self.ref.namespace,
+                self.ref.table_id,
+                digest,
+                options,
+                options.default_scan_options,
+            )
+        )
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Values that must not appear in any message."""
+        inner = [catalog.secret_values(options) for _, options in self.ref.base_store_params]
+        namespace = self.ref.namespace.secrets if self.ref.namespace else ()
+        return (
+            *catalog.secret_values(self.storage_options),
+            *namespace,
+            *(value for values in inner for value in values),
+        )
+
+    def open(self) -> lance.LanceDataset:
+        """This snapshot, opened once per process."""
+        key = self.key
+        dataset: lance.LanceDataset | None = _OPENED.get(key)
+        if dataset is None:
+            dataset = self.open_at(self.version)
+            _OPENED.put(key, dataset)
+        return dataset
+
+    def open_latest(self) -> lance.LanceDataset:
+        """The newest version, never from a cache. For the driver's commit phase."""
+        return self.open_at(None)
+
+    def open_at(self, version: int | str | None) -> lance.LanceDataset:
+        """Another version of the same table, never from a cache."""
+        options = self.ref.open_options
+        with translate_errors("open", self.uri, secrets=self.secrets, version=version):
+            return lance.LanceDataset(
+                self.uri,
+                version,
+                options.block_size,
+                commit_lock=options.commit_lock,
+                session=session(options.index_cache_size_bytes, options.metadata_cache_size_bytes),
+                **self.store_kwargs(),
+            )
+
+    def store_kwargs(self) -> dict[str, Any]:
+        """Keywords by which pylance reaches the store: options, namespace client for refresh, base credentials."""
+        kwargs: dict[str, Any] = {
+            "storage_options": dict(self.storage_options) if self.storage_options else None,
+            "base_store_params": {base: dict(inner) for base, inner in self.ref.base_store_params} or None,
+        }
+        if self.ref.namespace is not None:
+            kwargs["namespace_client"] = self.ref.namespace.client()
+            kwargs["table_id"] = list(self.ref.table_id)
+            kwargs["namespace_client_managed_versioning"] = self.managed_versioning
+        return kwargs
+
+    def write_kwargs(self) -> dict[str, Any]:
+        """:meth:`store_kwargs` for ``write_fragments``, which commits nothing and so takes no versioning flag."""
+        kwargs = self.store_kwargs()
+        kwargs.pop("namespace_client_managed_versioning", None)
+        return kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class WriteTarget:
+    """A table about to be written: what exists (``base``, None for nothing yet) and where the new files go."""
+
+    table: PinnedTable
+    base: PinnedTable | None
+    mode: str
+
+    @classmethod
+    def resolve(cls, ref: TableRef, mode: str) -> WriteTarget:
+        """The target, checked against the mode before any task starts.
+
+        Raises:
+            TableExistsError: mode ``create`` and there is a table.
+            TableNotFoundError: mode ``append`` and there is none.
+            StorageError: the store could not be reached, or refused.
+        """
+        try:
+            location = ref.locate()
+        except TableNotFoundError:
+            if mode == "append" or ref.namespace is None:
+                raise
+            found = catalog.declare(ref.namespace, ref.table_id)
+            options = catalog.merge_options(ref.storage_options, found.storage_options)
+            location = dataclasses.replace(found, uri=normalize_uri(found.uri), storage_options=options)
+        table = PinnedTable(ref, location.uri, 0, location.storage_options, location.managed_versioning)
+        try:
+            base = ref.at(location)
+        except TableNotFoundError:
+            if mode == "append":
+                raise
+            return cls(table, None, mode)
+        if mode == "create":
+            raise TableExistsError(ref.target)
+        return cls(table if base.uri == table.uri else dataclasses.replace(table, uri=base.uri), base, mode)
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """The schema of the existing table, or None when there is none."""
+        return None if self.base is None else self.base.open().schema
+
+
+def _version_asof(dataset: lance.LanceDataset, asof: dt.datetime, target: str) -> int:
+    stamps: list[dict[str, Any]] = [dict(item) for item in dataset.versions()]
+    versions: list[int] = [item["version"] for item in stamps if item["timestamp"].astimezone() <= asof]
+    if not versions:
+        raise VersionNotFoundError(target, asof.isoformat(), "the first version is newer than asof")
+    return max(versions)
+
+
+class _BoundedCache:
+    """A small least-recently-used cache, safe between the threads of one process."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+            return self._items.get(key)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            while len(self._items) > self._size:
+                self._items.popitem(last=False)
+
+
+_OPENED = _BoundedCache(_MAX_OPEN_DATASETS)
+_SESSIONS = _BoundedCache(_MAX_SESSIONS)
+
+
+def session(index_cache_bytes: int | None = None, metadata_cache_bytes: int | None = None) -> Any:
+    """The session of this process for these cache sizes: caches are shared by all datasets and stay bounded."""
+    key = (
+        _INDEX_CACHE_BYTES if index_cache_bytes is None else index_cache_bytes,
+        _METADATA_CACHE_BYTES if metadata_cache_bytes is None else metadata_cache_bytes,
+    )
+    found = _SESSIONS.get(key)
+    if found is None:
+        make = lance.Session  # type: ignore[attr-defined] # exported, but not declared so
+        found = make(index_cache_size_bytes=key[0], metadata_cache_size_bytes=key[1])
+        _SESSIONS.put(key, found)
+    return found

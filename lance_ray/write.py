@@ -1,0 +1,196 @@
+"""The worker side of writing: blocks of a Ray Dataset become data files, each noted in the job ledger.
+
+Lance binds batches to a schema by position, so every block is aligned by name and type first. One output file at a time
+is held as (mostly zero-copy) tables and handed to the engine as a fresh reader on every attempt: a retry replays the
+whole file, and can neither lose nor repeat a row.
+
+Memory of a write task: its bundle (Ray's, in the object store), one output file, and one input block.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pyarrow as pa
+from lance.fragment import FragmentMetadata, write_fragments
+
+from lance_ray.arrow import align, to_arrow, unify
+from lance_ray.errors import LanceRayError, translate_errors
+from lance_ray.ledger import JobRef, WrittenPath
+from lance_ray.options import WriteOptions
+from lance_ray.retry import RetryPolicy
+from lance_ray.table import WriteTarget
+
+logger = logging.getLogger(__name__)
+
+SLICE_BYTES = 64 * 1024**2
+"""Blocks are cut to slices of this size, so that a block of any size can be spread over files."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSpec:
+    """What the tasks of one write share."""
+
+    target: WriteTarget
+    options: WriteOptions
+    schema: pa.Schema | None
+    """What every file must have; None when each file takes the schema of its rows, to be unified at the commit."""
+    job: JobRef | None = None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """One finished file, or (``fragment`` None) rows that need none: no rows, or only columns of unknown type."""
+
+    rows: int
+    size_bytes: int
+    schema: bytes
+    fragment: str | None = None
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The schema of the rows, columns of unknown type included."""
+        return pa.ipc.read_schema(pa.py_buffer(self.schema))
+
+    def metadata(self) -> FragmentMetadata:
+        """The fragment for the commit."""
+        assert self.fragment is not None  # noqa: S101 - callers ask only where there is one
+        return FragmentMetadata.from_json(self.fragment)
+
+
+def write_blocks(spec: WriteSpec, blocks: Iterable[Any]) -> list[WrittenFile]:
+    """Write blocks to files and note each in the ledger.
+
+    Raises:
+        SchemaMismatchError: a block does not fit. Files finished before stay noted in the ledger.
+        StorageError: the store failed for good, or longer than the retry policy allows.
+    """
+    written: list[WrittenFile] = []
+    empty: pa.Schema | None = None
+    for chunks in _files(_slices(blocks), spec.options):
+        if sum(chunk.num_rows for chunk in chunks):
+            written.append(write_file(spec, chunks))
+        elif empty is None:
+            empty = chunks[0].schema
+    if not written and empty is not None:
+        written.append(WrittenFile(0, 0, empty.serialize().to_pybytes()))
+    return written
+
+
+def _slices(blocks: Iterable[Any]) -> Iterator[pa.Table]:
+    for block in blocks:
+        table = to_arrow(block)
+        size = table.nbytes
+        step = table.num_rows if size <= SLICE_BYTES else max(1, table.num_rows * SLICE_BYTES // size)
+        if table.num_rows == 0:
+            yield table
+        for start in range(0, table.num_rows, max(step, 1)):
+            yield table.slice(start, step)
+
+
+def _files(slices: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
+    """Slices grouped to files: closed at the byte limit (not when rows decide) and cut exactly at the row limit."""
+    limit = options.max_bytes_per_file if options.rows_decide else options.file_bytes
+    held: list[pa.Table] = []
+    rows = size = 0
+    for part in slices:
+        rest = part
+        while rest.num_rows:
+            if held and limit is not None and size + rest.nbytes > limit:
+                yield held
+                held, rows, size = [], 0, 0
+            taken = rest.slice(0, options.max_rows_per_file - rows)
+            rest = rest.slice(taken.num_rows)
+            held.append(taken)
+            rows, size = rows + taken.num_rows, size + taken.nbytes
+            if rows >= options.max_rows_per_file:
+                yield held
+                held, rows, size = [], 0, 0
+        if not part.num_rows and not held:
+            yield [part]
+    if held:
+        yield held
+
+
+def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
+    """Write one file, replaying it on transient errors, and note it in the ledger before returning."""
+    schema = spec.schema or unify([chunk.schema for chunk in chunks])
+    typed = schema if spec.schema is not None else _without_nulls(schema)
+    aligned = [align(chunk.select(_present(chunk, typed, spec)), typed) for chunk in chunks]
+    rows, size = sum(chunk.num_rows for chunk in chunks), sum(chunk.nbytes for chunk in aligned)
+    serialized = schema.serialize().to_pybytes()
+    if len(typed) == 0:
+        return WrittenFile(rows, 0, serialized)
+    fragment = spec.retry.call(lambda: write_table_file(spec, aligned, typed, rows))
+    if spec.job is not None:
+        spec.job.record(paths_of(spec, [fragment]))
+    return WrittenFile(rows, size, serialized, json.dumps(fragment.to_json()))
+
+
+def _without_nulls(schema: pa.Schema) -> pa.Schema:
+    """The columns of known type. A column that is null in the whole file is left out; it reads as null all the same."""
+    return pa.schema([item for item in schema if not pa.types.is_null(item.type)], schema.metadata)
+
+
+def _present(chunk: pa.Table, typed: pa.Schema, spec: WriteSpec) -> list[str]:
+    if spec.schema is not None:
+        return list(chunk.schema.names)  # what the schema does not have is an error, and align() says so
+    return [name for name in chunk.schema.names if name in typed.names]
+
+
+def write_table_file(spec: WriteSpec, tables: Sequence[pa.Table], schema: pa.Schema, rows: int) -> FragmentMetadata:
+    """One attempt: a new reader over the tables, one file, and a check that it holds what was given."""
+    reader = pa.RecordBatchReader.from_batches(schema, (batch for table in tables for batch in table.to_batches()))
+    with translate_errors("write", spec.target.table.uri, secrets=spec.target.table.secrets):
+        fragments = write_fragments(reader, schema=schema, max_rows_per_file=max(rows, 1), **_engine_kwargs(spec))
+    found = sum(fragment.physical_rows for fragment in fragments)
+    if len(fragments) != 1 or found != rows:
+        raise LanceRayError(f"the engine wrote {found} rows in {len(fragments)} files instead of {rows} in one")
+    return cast("FragmentMetadata", fragments[0])
+
+
+def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
+    options, target = spec.options, spec.target
+    kwargs: dict[str, Any] = {
+        "external_blob_mode": options.external_blob_mode,
+        "allow_external_blob_outside_bases": options.allow_external_blob_outside_bases,
+        "target_bases": list(options.target_bases) if options.target_bases else None,
+    }
+    if target.mode == "append" and target.base is not None:
+        return {**kwargs, "dataset_uri": target.base.open(), "mode": "append"}
+    version = options.data_storage_version
+    if version is None and target.base is not None:
+        version = target.base.open().data_storage_version
+    new = target.base is None and options.initial_bases is not None
+    return {
+        **kwargs,
+        **target.table.write_kwargs(),
+        "dataset_uri": target.table.uri,
+        "mode": "create" if new else "overwrite",  # "overwrite" checks nothing, so racing creates meet at the commit
+        "data_storage_version": version,
+        "initial_bases": list(options.initial_bases) if new and options.initial_bases else None,
+    }
+
+
+def paths_of(spec: WriteSpec, fragments: Iterable[FragmentMetadata]) -> list[WrittenPath]:
+    """The names of the fragments' files as the ledger keeps them."""
+    bases = _base_uris(spec)
+    return [
+        WrittenPath(str(file.path), None if file.base_id is None else bases(file.base_id))
+        for fragment in fragments
+        for file in fragment.files
+    ]
+
+
+def _base_uris(spec: WriteSpec) -> Callable[[int], str]:
+    def uri(base_id: int) -> str:
+        if spec.target.base is not None:
+            return str(spec.target.base.open().base_paths()[base_id].path)
+        return str((spec.options.initial_bases or ())[base_id - 1].path)
+
+    return uri
