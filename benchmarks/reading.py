@@ -130,7 +130,6 @@ def cases(folder: Path, scale: float) -> Iterator[Case]:
 
 
 def _filtered(folder: Path, table: str, rows: int) -> Iterator[Case]:
-    read = ray.data.read_lance
     few = max(1, rows // 10_000)
     with_index = cached(folder, f"indexed-{rows}", functools.partial(indexed, rows=rows, fragments=20))
     for name, uri, text, expression, bounds in (
