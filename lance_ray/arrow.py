@@ -381,15 +381,17 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
     if not column.type.equals(field.type, check_metadata=True):
         chunks = [_convert(chunk, field.type, field.name) for chunk in column.chunks]
         column = pa.chunked_array(chunks, type=field.type)
-    for chunk in () if field.nullable else column.chunks:
+    for chunk in column.chunks:
         _refuse_nulls(chunk, field, field.name, allowed=0)
     return column
 
 
 def _refuse_nulls(array: pa.Array, field: pa.Field, path: str, allowed: int) -> None:
+    if field.nullable:
+        return
     # A dictionary may hold a null as one of its values, which null_count does not see.
-    nulls = array.is_null().true_count if pa.types.is_dictionary(array.type) else array.null_count
-    if not field.nullable and nulls > allowed:
+    nulls = (array.dictionary_decode() if pa.types.is_dictionary(array.type) else array).null_count
+    if nulls > allowed:
         _mismatch(path, f"{field.type} not null", array.type, f"{nulls} values are null")
 
 
@@ -465,29 +467,28 @@ def _to_struct(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
 
 
 def _to_list(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
-    if array.null_count:
-        # Without nulls the values are one contiguous range, and what lies under a null list is gone.
-        valid = array.is_valid()
-        index = pc.subtract(pc.cumulative_sum(valid.cast(pa.int64())), 1)
-        return _to_list(array.drop_null(), target, path).take(pc.if_else(valid, index, None))
-    if pa.types.is_map(target):
-        entries = _to_list(array, pa.list_(pa.struct([target.key_field, target.item_field])), path)
-        keys, items = entries.values.flatten()
-        return pa.MapArray.from_arrays(entries.offsets, keys, items, type=target)
     if pa.types.is_map(array.type):
         array = array.cast(pa.list_(pa.struct([array.type.key_field, array.type.item_field])))
-    values = _convert(array.flatten(), target.value_type, f"{path}[]")
-    _refuse_nulls(values, target.value_field, f"{path}[]", allowed=0)
-    lengths = pc.list_value_length(array)
+    item = pa.field("item", pa.struct([target.key_field, target.item_field])) if _is_map(target) else target.value_field
+    values = _convert(array.flatten(), item.type, f"{path}[]")  # flatten() leaves out what lies under null lists
+    _refuse_nulls(values, item, f"{path}[]", allowed=0)
+    lengths, valid = pc.list_value_length(array), array.is_valid()
     if pa.types.is_fixed_size_list(target):
         bounds = pc.min_max(lengths).as_py()
-        if len(array) and set(bounds.values()) != {target.list_size}:
+        if not set(bounds.values()) <= {target.list_size, None}:
             _mismatch(path, target, array.type, f"there are lists of {bounds['min']} to {bounds['max']} values")
-        return pa.FixedSizeListArray.from_arrays(values, type=target)
-    offsets = pa.concat_arrays([pa.array([0]), pc.cumulative_sum(lengths.cast(pa.int64()))])
+        vectors = pa.FixedSizeListArray.from_arrays(values, type=target)
+        index = pc.subtract(pc.cumulative_sum(valid.cast(pa.int64())), 1)
+        return vectors.take(pc.if_else(valid, index, None)) if array.null_count else vectors
+    offsets = pa.concat_arrays([pa.array([0]), pc.cumulative_sum(lengths.fill_null(0).cast(pa.int64()))])
+    if array.null_count:  # a null offset starts a null list
+        offsets = pc.if_else(pa.concat_arrays([valid, pa.array([True])]), offsets, None)
     if pa.types.is_large_list(target):
         return pa.LargeListArray.from_arrays(offsets, values, type=target)
-    return pa.ListArray.from_arrays(_to_scalar(offsets, pa.int32(), path), values, type=target)
+    offsets = _to_scalar(offsets, pa.int32(), path)
+    if _is_map(target):
+        return pa.MapArray.from_arrays(offsets, *values.flatten(), type=target)
+    return pa.ListArray.from_arrays(offsets, values, type=target)
 
 
 def _to_scalar(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
@@ -531,8 +532,8 @@ def _cast(array: pa.Array, target: pa.DataType) -> pa.Array:
     result = array.cast(target)
     if pa.types.is_integer(source) and target == half and not result.cast(array.type).equals(array):
         raise pa.ArrowInvalid("an integer is not exact in this type")
-    if pa.types.is_floating(source) and pa.types.is_floating(target):
-        overflow = pc.and_(pc.is_inf(result), pc.is_finite(array))
+    if pa.types.is_floating(source) and pa.types.is_floating(target) and target.bit_width < source.bit_width:
+        overflow = pc.and_(pc.is_inf(result.cast(source)), pc.is_finite(array))
         if pc.any(overflow).as_py():
             raise pa.ArrowInvalid("a finite value would become infinite")
     return result
@@ -572,6 +573,10 @@ def _has_offset(array: pa.Array) -> bool:
     elif _is_list(array.type):
         children = [array.values]
     return array.offset > 0 or any(_has_offset(child) for child in children)
+
+
+def _is_map(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_map(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -100,36 +100,34 @@ class LanceDatasource(Datasource):
         An outline's tasks are real: each plans for itself when run, and reads its share.
         """
         make = functools.partial(_read_task, limit=per_task_row_limit)
+        cpus = _cluster_cpus()
         tasks: list[ReadTask] = []
         for spec in self._specs:
-            if data_context is None:
-                outline = _outline(spec)
-                count = 1 if spec.scan.is_single_task else self._count_tasks(spec, outline)
+            cut = self._cut(spec, cpus)
+            if data_context is not None:
                 tasks += [
-                    make(
-                        spec,
-                        functools.partial(_scan_share, spec, self._cut(spec), share, count),
-                        outline.share(share, count),
-                    )
-                    for share in range(count)
+                    make(spec, functools.partial(_scan_rows, spec, rows), plan) for rows, plan in _plan(spec, cut)
                 ]
-            else:
-                tasks += [
-                    make(spec, functools.partial(_scan_rows, spec, rows), plan)
-                    for rows, plan in _plan(spec, self._cut(spec))
-                ]
+                continue
+            outline = _outline(spec)
+            count = self._count_tasks(spec, outline, cut)
+            for share in range(count):
+                read = functools.partial(_scan_share, spec, cut, share, count)
+                tasks.append(make(spec, read, outline.share(share, count)))
         return tasks or [make(self._specs[0], functools.partial(_nothing, self._specs[0].output_schema), _EMPTY)]
 
-    def _count_tasks(self, spec: ReadSpec, outline: _Outline) -> int:
-        if self._plan.fragment_group_size is not None:
-            return max(1, -(-outline.fragments // self._plan.fragment_group_size))
-        return min(number_of_tasks(outline.size_bytes, self._cut(spec)), max(outline.rows, 1))
+    def _count_tasks(self, spec: ReadSpec, outline: _Outline, cut: Cut) -> int:
+        if spec.scan.is_single_task:
+            return 1
+        if cut.group_size is not None:
+            return max(1, -(-outline.fragments // cut.group_size))
+        return min(number_of_tasks(outline.size_bytes, cut), max(outline.rows, 1))
 
-    def _cut(self, spec: ReadSpec) -> Cut:
+    def _cut(self, spec: ReadSpec, cpus: int) -> Cut:
         tables = len(self._specs)
         override = self._plan.override_num_blocks
         return Cut(
-            cpus=_cluster_cpus(),
+            cpus=cpus,
             filtered=spec.filter is not None,
             group_size=self._plan.fragment_group_size,
             num_tasks=None if override is None else max(1, override // tables),

@@ -222,12 +222,16 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """
     for secret in sorted((s for s in secrets if len(s) >= 6), key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _CREDENTIAL.sub(lambda found: f"{found.group(1)}***", text)
+    return _CREDENTIAL.sub(lambda found: f"{found[found.lastindex or 0]}***", text)
 
 
 _CREDENTIAL = re.compile(
-    r"((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|AWSAccessKeyId|Authorization|Bearer|api[_-]?key)[=: ]+)"
-    r"[^\s&\"',)]+",
+    r"(?<![a-z])(?:"
+    r"(Authorization[\"']?\s*[=:]\s*[\"']?)[^\"'\n]+"
+    r"|(Bearer\s+)[\w.~+/=-]{8,}"
+    r"|((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|Signature|AWSAccessKeyId|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)"
+    r"[^\s&\"',)]+)"
+    r"|(://[^/\s:@]+:)[^/\s@]+(?=@)",
     re.IGNORECASE,
 )
 
@@ -237,7 +241,7 @@ _SOURCE_LOCATION = re.compile(r",?\s*/\S+\.rs:\d+:\d+")
 _NOT_FOUND = re.compile(r"Dataset at path .* was not found|Table .*(?:not found|does not exist)", re.DOTALL)
 _VERSION_NOT_FOUND = re.compile(r"\.manifest was not found|Ref not found|Version .*not found|does not exist", re.DOTALL)
 _EXISTS = re.compile(r"Dataset already exists")
-_CONFLICT = re.compile(r"[Cc]onflict|concurrent commit|Too many concurrent|CommitConflict")
+_CONFLICT = re.compile(r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict")
 _RETRYABLE_CONFLICT = re.compile(r"[Rr]etryable commit conflict|please retry|Too many concurrent")
 _NO_STORE = "No object store provider"
 _USER_INPUT = re.compile(r"Invalid user input|Error resolving filter|No field named")

@@ -19,7 +19,7 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata, write_fragments
 
 from lance_ray.arrow import align, to_arrow, unify
-from lance_ray.errors import LanceRayError, translate_errors
+from lance_ray.errors import LanceRayError, TableExistsError, translate_errors
 from lance_ray.ledger import JobRef, WrittenPath
 from lance_ray.options import WriteOptions
 from lance_ray.retry import RetryPolicy
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 64 * 1024**2
 """Blocks are cut to slices of this size, so that a block of any size can be spread over files."""
+
+SMALL_BYTES = 1024**2
+"""Blocks below this size are joined before they are aligned and written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,38 @@ def write_blocks(spec: WriteSpec, blocks: Iterable[Any]) -> list[WrittenFile]:
 
 
 def _slices(blocks: Iterable[Any]) -> Iterator[pa.Table]:
-    for block in blocks:
-        table = to_arrow(block)
+    for table in map(to_arrow, _joined(blocks)):
         size = table.nbytes
         step = table.num_rows if size <= SLICE_BYTES else max(1, table.num_rows * SLICE_BYTES // size)
         if table.num_rows == 0:
             yield table
         for start in range(0, table.num_rows, max(step, 1)):
             yield table.slice(start, step)
+
+
+def _joined(blocks: Iterable[Any]) -> Iterator[Any]:
+    """The same rows, with runs of small Arrow blocks of one schema joined: what follows has a price for each block."""
+    held: list[pa.Table] = []
+    size = 0
+    for block in blocks:
+        small = isinstance(block, pa.Table) and 0 < block.nbytes < SMALL_BYTES
+        if held and not (small and size < SLICE_BYTES and block.schema.equals(held[0].schema, check_metadata=True)):
+            yield _join(held)
+            held, size = [], 0
+        if small:
+            held.append(block)
+            size += block.nbytes
+        else:
+            yield block
+    if held:
+        yield _join(held)
+
+
+def _join(tables: list[pa.Table]) -> pa.Table:
+    # Columns of extension types are left in chunks: not every one of them can be concatenated.
+    extended = any(isinstance(kind, pa.BaseExtensionType) for kind in tables[0].schema.types)
+    table = pa.concat_tables(tables)
+    return table if extended or len(tables) == 1 else table.combine_chunks()
 
 
 def _files(slices: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
@@ -145,13 +172,29 @@ def _present(chunk: pa.Table, typed: pa.Schema, spec: WriteSpec) -> list[str]:
 
 def write_table_file(spec: WriteSpec, tables: Sequence[pa.Table], schema: pa.Schema, rows: int) -> FragmentMetadata:
     """One attempt: a new reader over the tables, one file, and a check that it holds what was given."""
-    reader = pa.RecordBatchReader.from_batches(schema, (batch for table in tables for batch in table.to_batches()))
-    with translate_errors("write", spec.target.table.uri, secrets=spec.target.table.secrets):
-        fragments = write_fragments(reader, schema=schema, max_rows_per_file=max(rows, 1), **_engine_kwargs(spec))
+    fragments = _attempt(spec, tables, schema, rows)
     found = sum(fragment.physical_rows for fragment in fragments)
     if len(fragments) != 1 or found != rows:
         raise LanceRayError(f"the engine wrote {found} rows in {len(fragments)} files instead of {rows} in one")
-    return cast("FragmentMetadata", fragments[0])
+    return fragments[0]
+
+
+def _attempt(spec: WriteSpec, tables: Sequence[pa.Table], schema: pa.Schema, rows: int) -> list[FragmentMetadata]:
+    kwargs = _engine_kwargs(spec)
+    try:
+        return _write(spec, tables, {**kwargs, "schema": schema, "max_rows_per_file": max(rows, 1)})
+    except TableExistsError:
+        if spec.target.mode != "overwrite":
+            raise
+        # Somebody created the table meanwhile; this job is going to replace it.
+        return _write(spec, tables, {**kwargs, "schema": schema, "max_rows_per_file": rows, "mode": "overwrite"})
+
+
+def _write(spec: WriteSpec, tables: Sequence[pa.Table], kwargs: dict[str, Any]) -> list[FragmentMetadata]:
+    batches = (batch for table in tables for batch in table.to_batches())
+    reader = pa.RecordBatchReader.from_batches(kwargs["schema"], batches)
+    with translate_errors("write", spec.target.table.uri, secrets=spec.target.table.secrets):
+        return cast("list[FragmentMetadata]", write_fragments(reader, **kwargs))
 
 
 def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
@@ -166,12 +209,12 @@ def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
     version = options.data_storage_version
     if version is None and target.base is not None:
         version = target.base.open().data_storage_version
-    new = target.base is None and options.initial_bases is not None
+    new = target.base is None
     return {
         **kwargs,
         **target.table.write_kwargs(),
         "dataset_uri": target.table.uri,
-        "mode": "create" if new else "overwrite",  # "overwrite" checks nothing, so racing creates meet at the commit
+        "mode": "create" if new else "overwrite",
         "data_storage_version": version,
         "initial_bases": list(options.initial_bases) if new and options.initial_bases else None,
     }
