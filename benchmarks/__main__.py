@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import reading, writing
+from benchmarks import planning, reading, writing
 from benchmarks.harness import Result, environment, measure, table
 
 AREAS = {"reading": reading.cases, "writing": writing.cases}
@@ -22,7 +22,7 @@ AREAS = {"reading": reading.cases, "writing": writing.cases}
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Run the cases that were asked for; returns what was measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("areas", nargs="*", help=f"any of {', '.join(AREAS)}; all by default")
+    parser.add_argument("areas", nargs="*", help=f"any of planning, {', '.join(AREAS)}; all by default")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each side (default 3)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the published sizes (default 1)")
@@ -56,7 +56,10 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
     with tempfile.TemporaryDirectory(prefix="lance-ray-bench-") as temporary:
         folder = options.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for case in (case for area in options.areas or AREAS for case in AREAS[area](folder, scale)):
+        if not options.areas or "planning" in options.areas:
+            print(planning.table(list(planning.run(folder, scale))))
+        areas = [area for area in AREAS if not options.areas or area in options.areas]
+        for case in (case for area in areas for case in AREAS[area](folder, scale)):
             if options.only in case.name:
                 result = measure(case, repeats, memory=options.memory)
                 _emit(result, options.json)

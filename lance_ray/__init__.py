@@ -17,7 +17,8 @@ version) and *commit* (one module), and each question has one file:
 ``predicates``        Ray expressions to Lance SQL, where both mean the same
 ``retry``             the only retry loop
 ``progress``          bars on a terminal, sparse log lines elsewhere
-``runner``            the only place that starts tasks of its own: bounded, retried, cancellable
+``runner``            tasks of its own: a bounded window, retried by type, cancelled together
+``executors``         where they run: threads, Ray tasks, Ray actors
 ``preflight``         whether every node can do the work
 ``ledger``            which files a running job has written; what a dead one left
 ``commit``            the only place that commits: committed, not committed, or unknown

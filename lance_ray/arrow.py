@@ -153,6 +153,29 @@ def row_width(schema: pa.Schema) -> tuple[int, int]:
     return sum(fixed for fixed, _ in widths), sum(varying for _, varying in widths)
 
 
+def reads_as(written: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether data files written with one schema can be committed under another that :func:`unify` made of it.
+
+    Wider is not enough there. To the engine a file of ``string`` is a corrupt one of ``large_string``, and so for
+    ``binary`` and for dictionaries with wider indices: such a file must be written again. Nulls read as any type but a
+    list, struct or map, and a list as a large list.
+    """
+    return all(_reads_as(field.type, schema.field(field.name).type) for field in written)
+
+
+def _reads_as(written: pa.DataType, kind: pa.DataType) -> bool:
+    if written.equals(kind):
+        return True
+    if pa.types.is_null(written):
+        kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+        return kind.num_fields == 0 or (pa.types.is_fixed_size_list(kind) and _reads_as(written, kind.value_type))
+    if pa.types.is_struct(written):
+        return all(_reads_as(part.type, kind.field(part.name).type) for part in written)
+    if _is_map(written):
+        return _reads_as(written.key_type, kind.key_type) and _reads_as(written.item_type, kind.item_type)
+    return _is_list(written) and _reads_as(written.value_type, kind.value_type)
+
+
 def _width(kind: pa.DataType) -> tuple[int, int]:
     if isinstance(kind, pa.BaseExtensionType):
         return _width(kind.storage_type)
@@ -467,10 +490,15 @@ def _to_struct(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
 
 
 def _to_list(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
-    if pa.types.is_map(array.type):
-        array = array.cast(pa.list_(pa.struct([array.type.key_field, array.type.item_field])))
+    if _is_map(array.type):
+        fields = [array.type.key_field, array.type.item_field]
+        entries = pa.StructArray.from_arrays([array.keys, array.items], fields=fields)
+        # Arrow's own cast is wrong for slices; from_arrays() takes no offsets that are a slice.
+        array = pa.ListArray.from_arrays(pa.concat_arrays([array.offsets]), entries, mask=array.is_null())
     item = pa.field("item", pa.struct([target.key_field, target.item_field])) if _is_map(target) else target.value_field
-    values = _convert(array.flatten(), item.type, f"{path}[]")  # flatten() leaves out what lies under null lists
+    values = array.flatten()  # without what lies under null lists
+    # The engine refuses an empty slice of strings that starts at an offset; a new array has none.
+    values = _convert(values, item.type, f"{path}[]") if len(values) else pa.nulls(0, item.type)
     _refuse_nulls(values, item, f"{path}[]", allowed=0)
     lengths, valid = pc.list_value_length(array), array.is_valid()
     if pa.types.is_fixed_size_list(target):

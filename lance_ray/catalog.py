@@ -19,6 +19,7 @@ from lance_ray.errors import (
     TableExistsError,
     TableNotFoundError,
     redact,
+    storage_error_kind,
 )
 from lance_ray.options import Pairs
 
@@ -109,8 +110,9 @@ _KINDS: tuple[tuple[type[Exception], StorageErrorKind], ...] = (
 
 def _call(ref: NamespaceRef, table_id: tuple[str, ...], method: str, request: Any) -> Any:
     target = f"{ref.impl} namespace table {'.'.join(table_id)}"
+    client = ref.client()
     try:
-        return getattr(ref.client(), method)(request)
+        return getattr(client, method)(request)
     except namespace_errors.TableNotFoundError:
         raise TableNotFoundError(target) from None
     except namespace_errors.TableAlreadyExistsError:
@@ -119,8 +121,8 @@ def _call(ref: NamespaceRef, table_id: tuple[str, ...], method: str, request: An
         raise InvalidArgumentError("table_id", list(table_id), redact(str(error), ref.secrets)) from None
     except (namespace_errors.LanceNamespaceError, OSError, RuntimeError, ValueError) as error:
         # Implementations raise what their client library raises; whatever it is, the catalog did not do its part.
-        kinds: list[StorageErrorKind] = [kind for cls, kind in _KINDS if isinstance(error, cls)]
         message = redact(str(error), ref.secrets)
-        raise StorageError(
-            f"{method} of {target}: {message}", kind=kinds[0] if kinds else "unreachable", target=target
-        ) from None
+        kinds: list[StorageErrorKind] = [kind for cls, kind in _KINDS if isinstance(error, cls)]
+        if not kinds or storage_error_kind(message) == "unreachable":  # a refused connection is "unavailable" too
+            kinds = ["unreachable"]
+        raise StorageError(f"{method} of {target}: {message}", kind=kinds[0], target=target) from None

@@ -8,7 +8,7 @@ from typing import Any
 from lance_ray import commit
 from lance_ray.errors import TableNotFoundError
 from lance_ray.ledger import CleanupReport, cleanup_jobs
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import TableRef
 
 
 def cleanup_orphans(
@@ -52,12 +52,13 @@ def cleanup_orphans(
             "base_store_params": base_store_params,
         },
     )
-    location = ref.locate()
-    table = PinnedTable(ref, location.uri, 0, location.storage_options, location.managed_versioning)
+    table = ref.unpinned()
 
     def landed(job_id: str, since: int) -> bool:
         try:
-            return commit.find_operation(table.open_latest(), job_id, since) is not None
+            newest = table.open_latest()
+            since = max(since, newest.version - commit.HISTORY)
+            return commit.find_operation(newest, job_id, since, table.secrets) is not None
         except TableNotFoundError:
             return False
 

@@ -37,6 +37,7 @@ from lance_ray.errors import (
     StorageError,
     TableExistsError,
     TableNotFoundError,
+    VersionNotFoundError,
     translate_errors,
 )
 from lance_ray.options import CommitOptions
@@ -96,9 +97,9 @@ class Create(Operation):
     def base(self, table: PinnedTable) -> None:
         """Nothing: the table must not exist."""
 
-    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - nothing
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - there is no base
         """An overwrite of nothing, which is what the engine calls the first version."""
-        bases = list(self.initial_bases) if self.initial_bases else None
+        bases = [base.engine() for base in self.initial_bases] if self.initial_bases else None
         return lance.LanceOperation.Overwrite(self.schema, list(self.fragments), initial_bases=bases)
 
 
@@ -109,7 +110,7 @@ class Overwrite(Operation):
     schema: pa.Schema
     fragments: Sequence[FragmentMetadata]
 
-    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - all goes
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - all of it goes
         """The engine's overwrite."""
         return lance.LanceOperation.Overwrite(self.schema, list(self.fragments))
 
@@ -188,27 +189,32 @@ class Landing:
     operation_id: str
     since: int
 
-    def find(self, table: PinnedTable) -> int | None:
-        """The version that carries the id, or None. Raises what opening raises."""
-        try:
-            newest = table.open_latest()
-        except TableNotFoundError:
-            return None
-        return find_operation(newest, self.operation_id, self.since)
+
+def find_operation(
+    newest: lance.LanceDataset, operation_id: str, since: int, secrets: Sequence[str] = ()
+) -> int | None:
+    """The version after ``since`` whose transaction carries the id, or None. One small read for each version.
+
+    Raises:
+        StorageError: the store did not answer, so nobody knows.
+    """
+    found = history(newest, since, secrets)
+    return next((version for version, properties in found if properties[OPERATION_ID] == operation_id), None)
 
 
-def find_operation(newest: lance.LanceDataset, operation_id: str, since: int) -> int | None:
-    """The version after ``since`` whose transaction carries the id, or None. One small read for each version."""
+def history(
+    newest: lance.LanceDataset, since: int, secrets: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The commits of this package after ``since``, newest first: their versions and transaction properties."""
     for version in range(newest.version, since, -1):
         try:
-            transaction = newest.read_transaction(version)
-        except (ValueError, OSError) as error:
-            # A version that was cleaned up has no transaction any more; what is older has none either.
-            logger.debug("version %d of %s has no transaction: %s", version, newest.uri, type(error).__name__)
-            return None
-        if transaction and (transaction.transaction_properties or {}).get(OPERATION_ID) == operation_id:
-            return version
-    return None
+            with translate_errors("read the history of", newest.uri, secrets=secrets, version=version):
+                transaction = newest.read_transaction(version)
+        except (VersionNotFoundError, TableNotFoundError):
+            return  # cleaned up; what is older is gone too
+        properties = dict(transaction.transaction_properties or {}) if transaction else {}
+        if OPERATION_ID in properties:
+            yield version, properties
 
 
 def apply(
@@ -235,6 +241,9 @@ def apply(
     deadline = time.monotonic() + options.timeout_seconds
     for attempt in range(1, options.max_attempts + 1):
         base = operation.base(table)
+        found = None if base is None else find_operation(base, landing.operation_id, landing.since, table.secrets)
+        if found is not None:
+            raise LanceRayError(f"another run of job {landing.operation_id} committed version {found} of {table.uri}")
         transaction = lance.Transaction(
             base.version if base is not None else 0,
             operation.build(base),
@@ -244,23 +253,21 @@ def apply(
         try:
             dataset = _send(table, base, transaction, operation, enable_stable_row_ids, deadline)
         except CommitConflictError as conflict:
-            found = _resolve(table, landing, conflict)
+            found = _resolve(table, operation, landing, conflict)
             if found is not None:
                 return CommitReceipt(found, attempt, recovered=True)
             if not conflict.retryable or attempt == options.max_attempts or time.monotonic() > deadline:
                 raise
             logger.info("commit to %s lost against another one, attempt %d: %s", table.uri, attempt, conflict)
             time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
-        except BaseException as error:  # the commit was sent: whatever was raised, only the table knows its outcome
-            found = _resolve(table, landing, error)
+        except Exception as error:  # the commit was sent: whatever was raised, only the table knows its outcome
+            found = _resolve(table, operation, landing, error)
             if found is None:
-                raise
-            if not isinstance(error, Exception):
                 raise
             logger.warning("the answer of a commit to %s was lost; it is version %d", table.uri, found)
             return CommitReceipt(found, attempt, recovered=True)
         else:
-            return CommitReceipt(dataset.version, attempt, operation.changes(dataset))
+            return CommitReceipt(dataset.version, attempt, _landed_changes(operation, dataset, landing))
     raise CommitConflictError(f"commit {table.uri}: gave up", retryable=True)  # pragma: no cover - the loop ends above
 
 
@@ -291,7 +298,19 @@ def _send(
         )
 
 
-def _resolve(table: PinnedTable, landing: Landing, error: BaseException) -> int | None:
+def _landed_changes(operation: Operation, dataset: lance.LanceDataset, landing: Landing) -> tuple[str, ...]:
+    # The engine carries an append over a change of the schema that came after the last look at it.
+    try:
+        return operation.changes(dataset)
+    except SchemaMismatchError as mismatch:
+        raise CommitOutcomeUnknownError(
+            f"the rows are in version {dataset.version} of {dataset.uri}, without the values of columns"
+            f" {list(mismatch.columns)}: {mismatch}",
+            operation_id=landing.operation_id,
+        ) from mismatch
+
+
+def _resolve(table: PinnedTable, operation: Operation, landing: Landing, error: Exception) -> int | None:
     """The version that the commit landed in, or None when it certainly did not.
 
     Raises:
@@ -299,23 +318,23 @@ def _resolve(table: PinnedTable, landing: Landing, error: BaseException) -> int 
         CommitOutcomeUnknownError: neither is certain.
     """
     try:
-        newest: lance.LanceDataset | None = table.open_latest()
+        found = find_operation(table.open_latest(), landing.operation_id, landing.since, table.secrets)
     except TableNotFoundError:
-        newest = None
+        exists, found = False, None
     except LanceRayError as failure:
         raise _unknown(table, landing, failure) from error
-    if newest is not None:
-        found = find_operation(newest, landing.operation_id, landing.since)
-        if found is not None:
-            return found
-        if landing.since == 0 and isinstance(error, LanceRayError):
-            raise TableExistsError(table.ref.target) from error
+    else:
+        exists = True
+    if found is not None:
+        return found
+    if exists and operation.strict:
+        raise TableExistsError(table.ref.target) from error  # the place that this commit needs is taken
     if not _certain(error) and not is_local(table.uri):
         raise _unknown(table, landing, error) from error
     return None
 
 
-def _certain(error: BaseException) -> bool:
+def _certain(error: Exception) -> bool:
     """Whether the store's answer itself says that nothing was committed."""
     if isinstance(error, StorageError):
         return error.kind in ("denied", "missing", "full", "invalid")
@@ -323,7 +342,7 @@ def _certain(error: BaseException) -> bool:
     return isinstance(error, known)
 
 
-def _unknown(table: PinnedTable, landing: Landing, error: BaseException) -> CommitOutcomeUnknownError:
+def _unknown(table: PinnedTable, landing: Landing, error: Exception) -> CommitOutcomeUnknownError:
     return CommitOutcomeUnknownError(
         f"the answer of a commit to {table.uri} was lost ({error}); it may be in the table, so all files were kept."
         f" Look for {OPERATION_ID}={landing.operation_id} in the newest transactions, or run the job again with"

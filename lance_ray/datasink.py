@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,30 @@ from ray.data import Dataset
 from ray.data.datasource import Datasink, WriteResult
 
 from lance_ray import commit
-from lance_ray.arrow import to_arrow, unify
+from lance_ray.arrow import reads_as, to_arrow, unify
 from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
     LanceRayError,
     SchemaMismatchError,
+    StorageError,
     TableExistsError,
     TableNotFoundError,
+    translate_errors,
     unwrap,
 )
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_positive, pairs
 from lance_ray.preflight import check_cluster
+from lance_ray.runner import run_tasks
 from lance_ray.table import PinnedTable, TableRef, WriteTarget
-from lance_ray.write import WriteSpec, WrittenFile, paths_of, write_blocks, write_file, write_table_file
+from lance_ray.write import WriteSpec, WrittenFile, format_of, rewrite_file, write_blocks
 
 logger = logging.getLogger(__name__)
+
+_LEADING_ROWS = "lance_ray.leading_rows"
+_BUNDLE = "#"  # between a job id, which cannot have it, and the number of a bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +127,12 @@ class LanceDatasink(Datasink[list[WrittenFile]]):
         if job is None or self._receipt is not None or self._keep_files or isinstance(error, CommitOutcomeUnknownError):
             return
         self._keep_files = True  # once only: Ray may call twice
-        removed = job.discard()
-        logger.info("removed %d file(s) of the failed job %s", removed, job.job_id)
+        try:
+            removed = job.discard()
+        except LanceRayError as failure:  # what the caller must hear is why the job failed
+            logger.warning("files of the failed job %s are left for cleanup_orphans(): %s", job.job_id, failure)
+        else:
+            logger.info("removed %d file(s) of the failed job %s", len(removed), job.job_id)
 
     def committing(self) -> None:
         """From now on an interrupt leaves the outcome open."""
@@ -143,25 +154,30 @@ class LanceDatasink(Datasink[list[WrittenFile]]):
 
 
 def commit_files(
-    sink: LanceDatasink, spec: WriteSpec, files: Sequence[WrittenFile], options: CommitOptions
+    sink: LanceDatasink,
+    spec: WriteSpec,
+    files: Sequence[WrittenFile],
+    options: CommitOptions,
+    landing: Landing | None = None,
 ) -> CommitReceipt | None:
-    """One commit of all files; None when there is nothing to append."""
+    """One commit of all files, under the job's own id by default; None when there is nothing to append."""
     schema, fragments = _final_fragments(spec, files, sink.fallback_schema)
     if spec.target.mode == "append" and not fragments:
         return None
     job = spec.job
     if job is not None and not job.is_open():
         raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
-    since = 0 if spec.target.base is None else spec.target.base.version
-    landing = Landing(job.job_id if job else options.operation_id, since)
+    landing = landing or Landing(options.operation_id, spec.target.base_version)
     sink.committing()
     try:
-        return _apply(spec, schema, fragments, options, landing)
+        receipt = _apply(spec, schema, fragments, options, landing)
     except CommitOutcomeUnknownError:
         raise
     except Exception:  # apply() has made certain that nothing was committed; it goes on to the caller
         sink.settled()
         raise
+    sink.settled()
+    return receipt
 
 
 def _apply(
@@ -196,18 +212,26 @@ def _final_fragments(
         raise InvalidArgumentError("schema", None, "the dataset is empty and has no schema; give one")
     if spec.target.mode == "append":
         return schema, [file.metadata() for file in files if file.fragment]
-    return schema, [_with_ids_of(spec, schema, file) for file in files if file.rows]
+    whole = [file for file in files if file.rows]
+    unfit = [index for index, file in enumerate(whole) if not _fits(file, schema)]
+    with run_tasks(
+        rewrite_file, [whole[index] for index in unfit], shared=dataclasses.replace(spec, schema=schema)
+    ) as run:
+        rewritten = {unfit[outcome.index]: outcome.unwrap().metadata() for outcome in run}
+    return schema, [rewritten.get(index) or _with_ids_of(spec, schema, file) for index, file in enumerate(whole)]
+
+
+def _fits(file: WrittenFile, schema: pa.Schema) -> bool:
+    """Whether a file can be committed under a schema that blocks of other files have widened."""
+    return file.fragment is not None and reads_as(_typed(file.arrow_schema), schema)
+
+
+def _typed(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([item for item in schema if not pa.types.is_null(item.type)])
 
 
 def _with_ids_of(spec: WriteSpec, schema: pa.Schema, file: WrittenFile) -> FragmentMetadata:
-    if file.fragment is None:  # only columns of unknown type in this file; now the type is known
-        nulls = pa.table([pa.nulls(file.rows, item.type) for item in schema], schema=schema)
-        fragment = write_table_file(spec, [nulls], schema, file.rows)
-        if spec.job is not None:
-            spec.job.record(paths_of(spec, [fragment]))
-        return fragment
-    own = [item for item in file.arrow_schema if not pa.types.is_null(item.type)]
-    written = pa.schema(own) if spec.schema is None else spec.schema
+    written = _typed(file.arrow_schema) if spec.schema is None else spec.schema
     if written.equals(schema):
         return file.metadata()
     target = _field_ids(schema)
@@ -281,7 +305,7 @@ def write_lance(
             one commit), ``ignore`` (do nothing if it exists), or Ray's ``SaveMode``.
         min_rows_per_file: other than the default, rows decide how much one task writes; by default bytes do (256 MiB).
         max_rows_per_file: rows of a file at most.
-        max_bytes_per_file: bytes in memory of a file at most (of rows up to it, short of one 64 MiB slice).
+        max_bytes_per_file: bytes in memory of a file at most; an estimate where widths vary.
         data_storage_version: file format; the table's own, or the engine's default.
         enable_stable_row_ids: for a new table: row ids survive compaction and updates.
         storage_options: for the object store; vended ones of a namespace win over them.
@@ -337,8 +361,8 @@ def write_lance(
             max_bytes_per_file,
             data_storage_version,
             enable_stable_row_ids,
-            tuple(initial_bases) if initial_bases else None,
-            tuple(target_bases) if target_bases else None,
+            initial_bases,
+            target_bases,
             external_blob_mode,
             allow_external_blob_outside_bases,
         ),
@@ -361,48 +385,82 @@ def write_lance(
 @dataclass(frozen=True, slots=True)
 class _Streaming:
     batch_size: int | None
-    resume_rows: int
+    skip: int
+    """Leading rows that are in the table already."""
+    bundle: int = 0
+    """Number of the first bundle to commit."""
 
 
 def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteReport:
     started = time.monotonic()
-    mode = job.options.mode
+    mode, named = job.options.mode, job.commit.job_id is not None
+    if named:
+        landed = _earlier_run(job)
+        if landed is not None:
+            return _report(job, landed, (), None, started, skipped=True)
     target = WriteTarget.resolve(job.ref, mode)
     if target.mode == "ignore" and target.base is not None:
         return _report(job, target.base, (), None, started, skipped=True)
+    check_target(target, job.options)
     check_cluster([target.table], existing=False)
-    operation_id = job.commit.operation_id
-    ledger = JobRef(target.table, operation_id)
-    if job.commit.job_id is not None:
-        landed = _earlier_run(ledger, target)
-        if landed is not None:
-            return _report(job, landed, (), None, started, skipped=True)
+    if named and streaming is not None and mode == "append" and target.base is not None:
+        streaming = _resumed(streaming, job, target.base)
+    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
     declared = job.options.schema
     schema = target.schema if mode == "append" else None if declared is None else unify([declared])
     spec = WriteSpec(target, job.options, schema, ledger)
     if mode == "append" and declared is not None and schema is not None:
         _check_append_schema(declared, schema)
-    options = dataclasses.replace(job.commit, job_id=operation_id)
-    with ledger.running(f"write ({mode})", 0 if target.base is None else target.base.version):
-        if streaming is not None:
-            files, receipts = _run_streaming(spec, ds, streaming, options)
-        else:
-            files, receipts = _run_tasks(job, spec, ds, options)
-    ledger.close(path.name for file in files if file.fragment for path in paths_of(spec, [file.metadata()]))
-    return _report(job, target.table, files, receipts, started)
+    options = dataclasses.replace(job.commit, job_id=ledger.job_id)
+    try:
+        with ledger.running(f"write ({mode})", exclusive=named):
+            if streaming is not None:
+                files, receipts = _run_streaming(spec, ds, streaming, options)
+            else:
+                files, receipts = _run_tasks(job, spec, ds, options)
+    except TableExistsError:
+        if mode != "ignore":
+            raise
+        return _report(job, target.table, (), None, started, skipped=True)
+    try:
+        ledger.close(sum(1 for file in files if file.rows))
+    except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
+        logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
+    skipped = not receipts and streaming is not None and streaming.bundle > 0
+    return _report(job, target.table, files, receipts, started, skipped=skipped)
 
 
-def _earlier_run(ledger: JobRef, target: WriteTarget) -> PinnedTable | None:
+def _earlier_run(job: _WriteJob) -> PinnedTable | None:
     """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
-    base = target.base
-    if base is not None:
-        newest = base.open_latest()
-        found = commit.find_operation(newest, ledger.job_id, max(0, newest.version - commit.HISTORY))
-        if found is not None:
-            ledger.discard_untracked()
-            return dataclasses.replace(base, version=found)
-    ledger.discard_untracked()
-    return None
+    try:
+        table = job.ref.unpinned()
+        ledger = JobRef(table, job.commit.operation_id)
+        ledger.end_earlier_runs()  # before the look at the table: what is over by now shows there
+        newest = table.open_latest()
+    except TableNotFoundError:
+        return None
+    found = commit.find_operation(newest, ledger.job_id, max(0, newest.version - commit.HISTORY), table.secrets)
+    return None if found is None else dataclasses.replace(table, version=found)
+
+
+def check_target(target: WriteTarget, options: WriteOptions) -> None:
+    """Refuse options that do not go with the table, now that it is known."""
+    dataset = None if target.base is None else target.base.open()
+    bases = (options.initial_bases or ()) if dataset is None else dataset.base_paths().values()
+    known = sorted({place for base in bases for place in (base.name, base.path) if place})
+    unknown = [place for place in options.target_bases or () if place not in known and "/" not in place]
+    if unknown:
+        raise InvalidArgumentError("target_bases", unknown, f"the bases of the table are {known}")
+    version = options.data_storage_version
+    storage_format = None if version is None else format_of(version)
+    if dataset is None:
+        return
+    if options.initial_bases:
+        raise InvalidArgumentError("initial_bases", known, "the table exists; only a new one can have bases registered")
+    if options.enable_stable_row_ids and not dataset.has_stable_row_ids:
+        raise InvalidArgumentError("enable_stable_row_ids", True, "the table exists, and was made without them")
+    if target.mode == "append" and storage_format not in (None, dataset.data_storage_version):
+        raise InvalidArgumentError("data_storage_version", version, f"the table has {dataset.data_storage_version}")
 
 
 def _check_append_schema(given: pa.Schema, table: pa.Schema) -> None:
@@ -433,11 +491,21 @@ def _run_tasks(
     return sink.written, () if sink.receipt is None else (sink.receipt,)
 
 
-def _known_schema(ds: Dataset) -> pa.Schema | None:
-    """The dataset's schema where Ray knows it without running anything."""
-    found = ds.schema(fetch_if_missing=False)
+def _known_schema(ds: Dataset, *, fetch: bool = False) -> pa.Schema | None:
+    """The dataset's schema, by default only where Ray knows it without running anything."""
+    found = ds.schema(fetch_if_missing=fetch)
     base = getattr(found, "base_schema", None)
     return base if isinstance(base, pa.Schema) else None
+
+
+def _resumed(streaming: _Streaming, job: _WriteJob, base: PinnedTable) -> _Streaming:
+    """The same, past the bundles that earlier runs of the job appended."""
+    newest = base.open()
+    for _, properties in commit.history(newest, max(0, newest.version - commit.HISTORY), base.secrets):
+        job_id, _, number = properties[commit.OPERATION_ID].rpartition(_BUNDLE)
+        if job_id == job.commit.job_id:
+            return dataclasses.replace(streaming, skip=int(properties[_LEADING_ROWS]), bundle=int(number) + 1)
+    return streaming
 
 
 def _run_streaming(
@@ -448,52 +516,63 @@ def _run_streaming(
     sink.fallback_schema = _known_schema(ds)
     files: list[WrittenFile] = []
     receipts: list[CommitReceipt] = []
-    pending: list[WrittenFile] = []
     try:
-        for chunks in _bundles(_tables(ds, streaming), spec.options.bundle_bytes):
-            pending.append(write_file(spec, chunks))
+        for number, tables in enumerate(_bundles(_tables(ds, streaming), spec.options), streaming.bundle):
+            bundle = write_blocks(spec, tables)
+            files += bundle
             if spec.target.mode == "append":
-                receipts += _commit_bundle(sink, spec, pending, options, len(receipts))
-                files, pending = files + pending, []
-        if pending or (not files and spec.target.mode != "append"):
-            receipts += _commit_bundle(sink, spec, pending, options, len(receipts))
-            files += pending
+                # Under an id of its own, so that a lost answer is told from the bundles before it.
+                since = receipts[-1].version if receipts else spec.target.base_version
+                landing = Landing(f"{options.operation_id}{_BUNDLE}{number}", since)
+                rows = streaming.skip + sum(file.rows for file in files)
+                receipts += filter(None, [commit_files(sink, spec, bundle, _with_progress(options, rows), landing)])
+        if spec.target.mode != "append":
+            if not files and spec.schema is None:
+                sink.fallback_schema = _known_schema(ds, fetch=True)
+            receipts += filter(None, [commit_files(sink, spec, files, options)])
     except BaseException as error:
-        # The rows of finished commits stay; only what no commit holds is removed.
-        if not isinstance(error, CommitOutcomeUnknownError) and spec.job is not None:
-            spec.job.discard_untracked()
+        sink.abandon(error)  # the rows of finished commits stay
         raise
     return tuple(files), tuple(receipts)
 
 
-def _commit_bundle(
-    sink: LanceDatasink, spec: WriteSpec, files: Sequence[WrittenFile], options: CommitOptions, number: int
-) -> list[CommitReceipt]:
-    """Commit one bundle under an id of its own, so that a lost answer is told from the bundles before it."""
-    job = spec.job
-    if number and job is not None:
-        options = dataclasses.replace(options, job_id=f"{options.job_id}.{number}")
-    receipt = commit_files(sink, spec, files, options)
-    return [] if receipt is None else [receipt]
+def _with_progress(options: CommitOptions, rows: int) -> CommitOptions:
+    """The same, noting how many leading rows of the input are in the table with this commit, for a next run."""
+    return dataclasses.replace(options, properties=(*options.properties, (_LEADING_ROWS, str(rows))))
 
 
 def _tables(ds: Dataset, streaming: _Streaming) -> Iterator[pa.Table]:
-    skip = streaming.resume_rows
-    for batch in ds.iter_batches(batch_size=streaming.batch_size, batch_format="pyarrow"):
-        table = to_arrow(batch)
-        rest = table.slice(min(skip, table.num_rows))
-        skip -= table.num_rows - rest.num_rows
-        if rest.num_rows:
-            yield rest
+    skip = streaming.skip
+    with _in_order(ds):
+        for batch in ds.iter_batches(batch_size=streaming.batch_size, batch_format="pyarrow"):
+            table = to_arrow(batch)
+            rest = table.slice(min(skip, table.num_rows))
+            skip -= table.num_rows - rest.num_rows
+            if rest.num_rows:
+                yield rest
 
 
-def _bundles(tables: Iterable[pa.Table], size: int) -> Iterator[list[pa.Table]]:
+@contextmanager
+def _in_order(ds: Dataset) -> Iterator[None]:
+    """Without this, blocks come as their tasks finish."""
+    options = ds.context.execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        yield
+    finally:
+        options.preserve_order = before
+
+
+def _bundles(tables: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
+    enough = options.min_rows_per_file if options.rows_decide else options.bundle_bytes
     held: list[pa.Table] = []
+    size = 0
     for table in tables:
         held.append(table)
-        if sum(item.nbytes for item in held) >= size:
+        size += table.num_rows if options.rows_decide else table.nbytes
+        if size >= enough:
             yield held
-            held = []
+            held, size = [], 0
     if held:
         yield held
 
@@ -509,10 +588,13 @@ def _report(
 ) -> WriteReport:
     try:
         dataset = table.open_at(receipts[-1].version) if receipts else table.open_latest()
-        stats: dict[str, Any] = dict(dataset.stats.dataset_stats())
+        with translate_errors("read the statistics of", table.uri, secrets=table.secrets):
+            stats: dict[str, Any] = dict(dataset.stats.dataset_stats())
         version = dataset.version
-    except TableNotFoundError:
-        stats, version = {}, 0
+    except (TableNotFoundError, StorageError) as error:
+        if not receipts and not isinstance(error, TableNotFoundError):
+            raise
+        stats, version = {}, receipts[-1].version if receipts else 0  # the rows are in the table all the same
     return WriteReport(
         target=job.ref.target,
         version=table.version if skipped and table.version else version,

@@ -17,7 +17,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.data.expressions import Expr
 
-from lance_ray.arrow import unify
+from lance_ray.arrow import row_width, unify
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.options import PlanOptions, ScanOptions, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
@@ -132,7 +132,7 @@ class LanceDatasource(Datasource):
             group_size=self._plan.fragment_group_size,
             num_tasks=None if override is None else max(1, override // tables),
             shuffle_seed=self._plan.shuffle_seed,
-            splittable=not spec.scan.scanner.get("include_deleted_rows"),
+            splittable=not spec.is_masked,
         )
 
 
@@ -180,11 +180,12 @@ def _plan(spec: ReadSpec, cut: Cut) -> list[tuple[ReadTaskRows, ReadTaskPlan]]:
     scan_options = spec.scan
     counted = scan_options.limit is not None or scan_options.offset > 0
     if scan_options.is_single_task or (counted and spec.has_filter):
-        return [(ReadTaskRows(), ReadTaskPlan((), 0, 0))]
+        return [(ReadTaskRows(), _outline(spec).share(0, 1))]
     answer = None if counted else index_answer(spec)
     if answer is not None:
         return _plan_answer(spec, answer, cut)
-    stats = fragment_stats(spec.table, _row_bytes(spec), scan_options.fragment_ids)
+    varies = row_width(spec.output_schema)[1] > 0
+    stats = fragment_stats(spec.table, _row_bytes(spec), scan_options.fragment_ids, varies=varies)
     plans = plan_reads(stats, cut, offset=scan_options.offset, limit=scan_options.limit)
     return [(ReadTaskRows(plan.pieces), plan) for plan in plans]
 
@@ -226,13 +227,9 @@ def _nothing(schema: pa.Schema) -> Iterable[pa.Table]:
 def _read_task(
     spec: ReadSpec, read: Callable[[], Iterable[pa.Table]], plan: ReadTaskPlan, *, limit: int | None
 ) -> ReadTask:
-    exact = not (
-        spec.scan.is_search
-        or spec.scan.scanner.get("include_deleted_rows")
-        or spec.residual is not None
-        or (spec.has_filter and read.func is not _scan_rows)  # type: ignore[attr-defined] # always a partial
-        or (spec.has_filter and read.args[1].row_ids is None)  # type: ignore[attr-defined] # always a partial
-    )
+    call: Any = read  # always a partial
+    answered = call.func is _scan_rows and call.args[1].row_ids is not None and spec.residual is None
+    exact = answered or not (spec.scan.is_search or spec.has_filter)
     metadata = BlockMetadata(
         num_rows=plan.rows if exact else None,
         size_bytes=plan.size_bytes if exact else None,
@@ -247,7 +244,7 @@ def _with_predicate(spec: ReadSpec, predicate: Expr) -> ReadSpec | None:
     if spec.filter is not None and not isinstance(spec.filter, str):
         return None  # a pyarrow expression and SQL cannot be joined
     schema = pa.schema([]) if spec.scan.expressions else spec.table.open().schema
-    known = pa.schema([item for item in schema if item.name in columns_of(predicate)])
+    known = pa.schema([item for item in schema if item.name in columns_of(predicate).intersection(spec.schema.names)])
     split = split_predicate(predicate, known)
     if split.sql is None:
         return None
@@ -389,7 +386,20 @@ def read_lance(
         with_fragment_id=with_metadata,
     )
     plan = PlanOptions(fragment_group_size, override_num_blocks, fold_seed(shuffle))
+    if plan.shuffle_seed is not None and scan_options.is_single_task:
+        raise InvalidArgumentError("shuffle", shuffle, "cannot be combined with order_by, nearest or full text")
     check_positive("concurrency", concurrency)
+    named = {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "memory": memory,
+        "label_selector": label_selector,
+        "fallback_strategy": fallback_strategy,
+        "max_calls": max_calls,
+        "resources": resources,
+        "accelerator_type": accelerator_type,
+        "runtime_env": runtime_env,
+    }
     address = {
         "table_id": table_id,
         "namespace_impl": namespace_impl,
@@ -404,21 +414,19 @@ def read_lance(
     tables = [ref.pin() for ref in refs]
     check_cluster(tables)
     dataset: Dataset = ray.data.read_datasource(
-        LanceDatasource(_specs(tables, scan_options), plan),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        memory=memory,
+        make_datasource(tables, scan_options, plan),
         concurrency=concurrency,
         override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
-        label_selector=label_selector,
-        fallback_strategy=fallback_strategy,
-        max_calls=max_calls,
-        resources=resources,
-        accelerator_type=accelerator_type,
-        runtime_env=runtime_env,
-        ray_remote_args=ray_remote_args,
+        **_remote_args(ray_remote_args, named),
     )
     return dataset
+
+
+def _remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> dict[str, Any]:
+    """Ray's options by name where they have one: Ray is about to drop the dict. Those given by name win."""
+    merged = {**(remote_args or {}), **{key: value for key, value in named.items() if value is not None}}
+    rest = {key: merged.pop(key) for key in [*merged] if key not in named}
+    return {**merged, "ray_remote_args": rest or None}
 
 
 def _uris(uri: Any) -> list[Any]:
@@ -427,6 +435,11 @@ def _uris(uri: Any) -> list[Any]:
     if not uri:
         raise InvalidArgumentError("uri", uri, "the list of tables must not be empty")
     return list(uri)
+
+
+def make_datasource(tables: Sequence[PinnedTable], scan_options: ScanOptions, plan: PlanOptions) -> LanceDatasource:
+    """The datasource of pinned tables; checks columns and filter against them."""
+    return LanceDatasource(_specs(tables, scan_options), plan)
 
 
 def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec]:

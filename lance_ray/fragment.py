@@ -21,7 +21,7 @@ from ray.data.block import BlockAccessor
 
 from lance_ray.datasink import LanceDatasink
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.ledger import delete_files
+from lance_ray.ledger import delete_files, untracked
 from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.retry import RetryPolicy
 from lance_ray.table import TableRef, WriteTarget
@@ -105,8 +105,8 @@ class LanceFragmentWriter:
             max_bytes_per_file,
             data_storage_version,
             enable_stable_row_ids,
-            tuple(initial_bases) if initial_bases else None,
-            tuple(target_bases) if target_bases else None,
+            initial_bases,
+            target_bases,
             external_blob_mode,
             allow_external_blob_outside_bases,
         )
@@ -186,8 +186,8 @@ class LanceFragmentCommitter(LanceDatasink):
             mode,
             schema,
             enable_stable_row_ids=enable_stable_row_ids,
-            initial_bases=tuple(initial_bases) if initial_bases else None,
-            target_bases=tuple(target_bases) if target_bases else None,
+            initial_bases=initial_bases,
+            target_bases=target_bases,
         )
         target = WriteTarget.resolve(ref, options.mode)
         commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
@@ -214,7 +214,8 @@ class LanceFragmentCommitter(LanceDatasink):
         spec = self._spec
         if self._receipt is None and not self._keep_files:
             metadata = [file.metadata() for file in self._written if file.fragment]
-            delete_files(spec.target.table, paths_of(spec, metadata))
+            table = spec.target.table
+            delete_files(table, untracked(table, paths_of(spec, metadata), spec.target.base_version))
 
 
 def _from_rows(rows: pa.Table) -> list[WrittenFile]:

@@ -1,19 +1,21 @@
 """The job ledger: which files a running job has written, kept beside the table until the job is over.
 
 On failure Ray hands the driver only an exception, not what finished tasks returned, and a killed driver hands over
-nothing. So each worker records the name of every finished file under ``<table>/_lance_ray/<job id>/`` before its task
-returns. A job that ends removes its ledger; what a killed job leaves is read by :func:`cleanup_orphans` and by the next
-run of the same job id.
+nothing. So each worker records the name of every finished file under ``<table>/_lance_ray/<job id>/<run>/`` before its
+task returns. A job that ends removes its ledger; what a killed job leaves is read by :func:`cleanup_orphans` and by the
+next run of the same job id.
 
-Protocol. The driver writes ``job.json`` first and renews its heartbeat. A worker writes its entry, *then* looks for
-``job.json``; the driver (or a clean-up) removes ``job.json``, *then* lists the entries. So an entry is either seen by
-the one who removes, or its worker notices that the job is over and takes its own file back. Before the commit the
-driver looks for ``job.json`` too: a job that was cleaned up can no longer commit. Only files named in entries are ever
-deleted, after it is certain that no version of the table refers to them.
+Protocol. The driver writes ``job.json`` first, once; ``beat.json`` is its heartbeat. A worker writes its entry, *then*
+looks for ``job.json``; the driver (or a clean-up) removes ``job.json``, *then* lists the entries. So an entry is either
+seen by the one who removes, or its worker notices that the job is over and takes its own file back. Before the commit
+the driver looks for ``job.json`` too: a run that was cleaned up can no longer commit, and since nobody writes
+``job.json`` a second time and each run has a folder of its own, nothing brings it back. Only files named in entries are
+ever deleted, after it is certain that no version of the table refers to them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,16 +25,21 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lance.file import LanceFileSession
-
-from lance_ray.errors import LanceRayError, StorageError, TableNotFoundError, translate_errors
+from lance_ray.errors import (
+    InvalidArgumentError,
+    LanceRayError,
+    StorageError,
+    TableNotFoundError,
+    translate_errors,
+)
+from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import PinnedTable, is_local
 
 logger = logging.getLogger(__name__)
@@ -40,122 +47,251 @@ logger = logging.getLogger(__name__)
 FOLDER = "_lance_ray"
 HEARTBEAT_SECONDS = 30.0
 DEAD_AFTER_SECONDS = 300.0
-_DELETE_THREADS = 16
+_HEADER, _BEAT = "job.json", "beat.json"
+_THREADS = 16
+_ONCE = RetryPolicy(max_attempts=1)
 # The names that the engine gives to data files; anything else in a ledger is not deleted.
 _DATA_FILE = re.compile(r"[A-Za-z0-9_-]{8,128}\.lance")
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenPath:
-    """One data file: its name in a ``data`` folder, and the base that it lies in (None for the table itself)."""
+    """One data file: its name, the base that it lies in (None for the table itself), and the folder there."""
 
     name: str
     base: str | None = None
+    folder: str = "data"
+
+    @property
+    def path(self) -> str:
+        """Where it lies in its base."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class JobRef:
-    """A job of one table; what a worker needs to record its files."""
+    """One run of a job of one table; what a worker needs to record its files."""
 
     table: PinnedTable
     job_id: str
+    since: int = 0
+    """The version that the job started from: only later ones can hold its files."""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def record(self, files: Iterable[WrittenPath]) -> None:
         """Note finished files (called by a worker before its task returns).
 
         Raises:
-            LanceRayError: the job was ended meanwhile; the files given have been removed.
+            LanceRayError: the job was ended meanwhile, or the note could not be written; the files have been removed.
         """
         written = tuple(files)
         store = _Store(self.table)
-        entry = f"{FOLDER}/{self.job_id}/{uuid.uuid4().hex}.json"
-        store.write(entry, {"files": [{"name": file.name, "base": file.base} for file in written]})
+        entry = f"{self._folder}/{uuid.uuid4().hex}.json"
+        try:
+            store.write(entry, {"files": [dataclasses.asdict(file) for file in written]})
+        except LanceRayError:
+            with suppress(LanceRayError):  # what is told is why the note failed, not what followed
+                delete_files(self.table, written)
+            raise
         if not store.contains(self._header):
             delete_files(self.table, written)
             store.delete(entry)
             raise LanceRayError(f"job {self.job_id} was ended while this task was still writing")
 
     def is_open(self) -> bool:
-        """Whether the job still may commit."""
+        """Whether this run still may commit."""
         return _Store(self.table).contains(self._header)
 
     @property
+    def _folder(self) -> str:
+        return f"{FOLDER}/{self.job_id}/{self.run}"
+
+    @property
     def _header(self) -> str:
-        return f"{FOLDER}/{self.job_id}/job.json"
+        return f"{self._folder}/{_HEADER}"
+
+    @property
+    def witness(self) -> str:
+        """A file that is there while the run is open, relative to the table."""
+        return self._header
 
     @contextmanager
-    def running(self, operation: str, read_version: int) -> Iterator[None]:
-        """Open the ledger and keep its heartbeat while the block runs. Ending it is the caller's decision."""
+    def running(self, operation: str, *, exclusive: bool = False) -> Iterator[None]:
+        """Open the ledger and keep its heartbeat while the block runs. Ending it is the caller's decision.
+
+        Args:
+            operation: for the report of a clean-up.
+            exclusive: refuse to run beside another run of the same job id.
+
+        Raises:
+            InvalidArgumentError: there is one.
+        """
         store = _Store(self.table)
         header = {
             "operation": operation,
-            "read_version": read_version,
-            "host": socket.gethostname(),
+            "read_version": self.since,
+            "processes": _process_space(),
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
             "started": time.time(),
         }
-        store.write(self._header, {**header, "heartbeat": time.time()})
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT_SECONDS):
-                with suppress(StorageError):  # the next beat tries again, and a missed one is allowed for
-                    store.write(self._header, {**header, "heartbeat": time.time()})
-
-        thread = threading.Thread(target=beat, name="lance-ray-heartbeat", daemon=True)
-        thread.start()
+        store.write(self._header, header)
+        beat = _Heartbeat(store, f"{self._folder}/{_BEAT}")
+        _running[self.run] = beat
         try:
+            if exclusive:
+                self._refuse_rivals()
             yield
         finally:
-            stop.set()
-            thread.join(timeout=HEARTBEAT_SECONDS)
+            beat.stop()
+            _running.pop(self.run, None)
 
-    def close(self, kept: Iterable[str]) -> None:
-        """End a job that committed: remove its ledger, and files of attempts that Ray ran again.
+    def _refuse_rivals(self) -> None:
+        # Both of two that start at once may see the other and give up; never do both go on.
+        try:
+            for found in _runs(self.table, self.job_id):
+                found.refuse_beside(self)
+        except InvalidArgumentError:
+            self.discard()
+            raise
+
+    def end_earlier_runs(self) -> None:
+        """Remove what earlier runs of the same job id left behind.
+
+        Raises:
+            InvalidArgumentError: one of them is under way.
+        """
+        for found in _runs(self.table, self.job_id):
+            found.refuse_beside(self)
+            found.job.discard()
+
+    def close(self, committed: int) -> None:
+        """End a job that committed: remove its ledger, and files that no version refers to.
+
+        Those are of attempts that Ray ran again, and of files that were written again with a wider schema.
 
         Args:
-            kept: names of the files that the commit holds.
+            committed: how many files the job's commits hold.
         """
-        names = frozenset(kept)
-        self._remove(lambda: self._superfluous(names))
+        self._remove(lambda: self._superfluous(committed))
 
-    def discard(self) -> int:
-        """End a job that certainly did not commit: remove the files that it recorded, then the ledger.
+    def discard(self) -> tuple[WrittenPath, ...]:
+        """End a job that did not commit, or that died: remove the files that it recorded, then the ledger.
+
+        Files that a version of the table refers to are kept whatever the caller believes.
 
         Returns:
-            The number of data files removed.
+            The data files removed.
         """
-        return self._remove(self.recorded)
+        return self._remove(self.orphans)
 
-    def discard_untracked(self) -> int:
-        """The same for a job of unknown history: files that any version of the table refers to are kept."""
-        return self._remove(lambda: _untracked(self.table, self.recorded()))
+    def orphans(self) -> tuple[WrittenPath, ...]:
+        """The recorded files that no version of the table refers to."""
+        return untracked(self.table, self.recorded(), self.since)
 
     def recorded(self) -> tuple[WrittenPath, ...]:
         """The files named in the entries."""
         store = _Store(self.table)
-        entries = [store.read(name) for name in store.list(f"{FOLDER}/{self.job_id}") if not name.endswith("job.json")]
         return tuple(
-            WrittenPath(item["name"], item.get("base")) for entry in entries if entry for item in entry["files"]
+            WrittenPath(item["name"], item.get("base"), item.get("folder", "data"))
+            for entry in _each(store.read, self._entries(store))
+            for item in (entry or {}).get("files", ())
         )
 
-    def _superfluous(self, kept: frozenset[str]) -> tuple[WrittenPath, ...]:
-        entries = [name for name in _Store(self.table).list(f"{FOLDER}/{self.job_id}") if name != self._header]
-        if len(entries) <= len(kept):  # the usual case: one entry for each file, nothing to read
-            return ()
-        return tuple(file for file in self.recorded() if file.name not in kept)
+    def _entries(self, store: _Store) -> list[str]:
+        return [name for name in store.list(self._folder) if not name.endswith((f"/{_HEADER}", f"/{_BEAT}"))]
 
-    def _remove(self, orphans: Callable[[], tuple[WrittenPath, ...]]) -> int:
+    def _superfluous(self, committed: int) -> tuple[WrittenPath, ...]:
+        if len(self._entries(_Store(self.table))) <= committed:
+            return ()  # the usual case: one entry for each file, nothing to read
+        return self.orphans()
+
+    def _remove(self, orphans: Callable[[], tuple[WrittenPath, ...]]) -> tuple[WrittenPath, ...]:
+        beat = _running.get(self.run)
+        if beat is not None:
+            beat.stop()  # or it would write into a folder that is being removed
         store = _Store(self.table)
         store.delete(self._header)
         doomed = orphans()
         delete_files(self.table, doomed)
-        names = store.list(f"{FOLDER}/{self.job_id}")
-        with ThreadPoolExecutor(min(_DELETE_THREADS, len(names) or 1)) as pool:
-            list(pool.map(store.delete, names))
-        store.prune(f"{FOLDER}/{self.job_id}", FOLDER)
-        return len(doomed)
+        _each(store.delete, store.list(self._folder))
+        store.prune(self._folder, f"{FOLDER}/{self.job_id}", FOLDER)
+        return doomed
+
+
+class _Heartbeat:
+    """A thread that renews a small file, until it is stopped."""
+
+    def __init__(self, store: _Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lance-ray-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            with suppress(LanceRayError, OSError):  # the next beat tries again, and a missed one is allowed for
+                self._store.write(self._name, {"heartbeat": time.time()}, _ONCE)
+
+    def stop(self) -> None:
+        """Return when no beat is under way any more."""
+        self._stopped.set()
+        self._thread.join(timeout=HEARTBEAT_SECONDS)
+
+
+_running: dict[str, _Heartbeat] = {}
+"""The runs of this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run found in the ledger, and what its driver last wrote."""
+
+    job: JobRef
+    header: dict[str, Any]
+    heartbeat: float
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its driver is at work: certain for a process of this machine, by the heartbeat elsewhere."""
+        if self.job.run in _running:
+            return True
+        fresh = bool(self.header) and time.time() - self.heartbeat < DEAD_AFTER_SECONDS
+        if not fresh or self.header.get("processes") != _process_space():
+            return fresh
+        pid, start = int(self.header["pid"]), self.header["process_start"]
+        return pid != os.getpid() and start is not None and _process_start(pid) == start
+
+    def refuse_beside(self, other: JobRef) -> None:
+        """Raise InvalidArgumentError if this is another run than ``other``, and alive."""
+        if self.job.run != other.run and self.is_alive:
+            raise InvalidArgumentError(
+                "job_id",
+                self.job.job_id,
+                f"another run of this job is under way: process {self.header.get('pid')} of"
+                f" {str(self.header.get('processes')).split()[0]}, last heard of {time.time() - self.heartbeat:.0f} s"
+                f" ago (on another machine it counts as dead after {DEAD_AFTER_SECONDS:.0f} s)",
+            )
+
+
+def _runs(table: PinnedTable, job_id: str | None = None) -> list[_Run]:
+    """The runs in the ledger: of one job, or of all."""
+    store = _Store(table)
+    names = set(store.list(FOLDER if job_id is None else f"{FOLDER}/{job_id}"))
+    places = sorted({tuple(parts[1:3]) for parts in (name.split("/") for name in names) if len(parts) == 4})
+    found = []
+    for job, run in places:
+        place = f"{FOLDER}/{job}/{run}"
+        header = (store.read(f"{place}/{_HEADER}") if f"{place}/{_HEADER}" in names else None) or {}
+        beat = (store.read(f"{place}/{_BEAT}") if f"{place}/{_BEAT}" in names else None) or {}
+        seen = max(float(header.get("started", 0)), float(beat.get("heartbeat", 0)))
+        found.append(_Run(JobRef(table, job, int(header.get("read_version", 0)), run), header, seen))
+    return found
+
+
+def _each(do: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
+    with ThreadPoolExecutor(min(_THREADS, len(names) or 1)) as pool:
+        return list(pool.map(do, names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,38 +332,27 @@ def cleanup_jobs(
         dry_run: only look.
         landed: whether the job of this id committed after this version.
     """
-    store = _Store(table)
-    names = store.list(FOLDER)
-    ids = sorted({parts[1] for parts in (name.split("/") for name in names) if len(parts) == 3})
     jobs: list[JobState] = []
     removed: list[str] = []
-    for job_id in ids:
-        job = JobRef(table, job_id)
-        header = store.read(f"{FOLDER}/{job_id}/job.json")
-        state = _state_of(job_id, header, landed)
-        orphans = _untracked(table, job.recorded()) if state != "running" else ()
-        if state != "running" and not dry_run:
-            job.discard_untracked()
+    for found in _runs(table):
+        orphans: tuple[WrittenPath, ...] = ()
+        state = "running" if found.is_alive else "dead"
+        if state == "dead":
+            state = "committed" if landed(found.job.job_id, found.job.since) else "dead"
+            orphans = found.job.orphans() if dry_run else found.job.discard()
         paths = tuple(_path_of(file) for file in orphans)
         removed.extend(paths)
-        details = header or {}
-        jobs.append(JobState(job_id, details.get("operation", "unknown"), state, paths, details.get("started")))
+        operation = found.header.get("operation", "unknown")
+        jobs.append(JobState(found.job.job_id, operation, state, paths, found.header.get("started")))
     return CleanupReport(target, tuple(jobs), tuple(removed), dry_run)
 
 
-def _state_of(job_id: str, header: dict[str, Any] | None, landed: Callable[[str, int], bool]) -> str:
-    if header is None:
-        return "dead"
-    if _is_alive(header):
-        return "running"
-    return "committed" if landed(job_id, int(header["read_version"])) else "dead"
-
-
-def _is_alive(header: dict[str, Any]) -> bool:
-    if header["host"] == socket.gethostname():
-        start = _process_start(int(header["pid"]))
-        return start is not None and start == header["process_start"]
-    return time.time() - float(header["heartbeat"]) < DEAD_AFTER_SECONDS
+def _process_space() -> str:
+    """Where a process id means the same process: this boot of this machine, and this container of it."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # no Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
 
 
 def _process_start(pid: int) -> str | None:
@@ -248,22 +373,24 @@ def _process_start(pid: int) -> str | None:
     return "unknown"
 
 
-def _untracked(table: PinnedTable, files: tuple[WrittenPath, ...]) -> tuple[WrittenPath, ...]:
-    """Those of ``files`` that no version of the table refers to."""
-    if not files:
+def untracked(table: PinnedTable, files: Iterable[WrittenPath], since: int = 0) -> tuple[WrittenPath, ...]:
+    """Those of ``files`` that no version of the table after ``since`` refers to."""
+    found = tuple(files)
+    if not found:
         return ()
     try:
         dataset = table.open_latest()
     except TableNotFoundError:
-        return files
-    names = {file.name for file in files}
-    for batch in dataset.tracked_files():
-        names.difference_update(str(path).rpartition("/")[2] for path in batch.column("path").to_pylist())
-    return tuple(file for file in files if file.name in names)
+        return found
+    names = {file.name for file in found}
+    with translate_errors("list the files of", table.uri, secrets=table.secrets):
+        for batch in dataset.tracked_files(min_version=since):
+            names.difference_update(str(path).rpartition("/")[2] for path in batch.column("path").to_pylist())
+    return tuple(file for file in found if file.name in names)
 
 
 def _path_of(file: WrittenPath) -> str:
-    return f"{file.base.rstrip('/') + '/' if file.base else ''}data/{file.name}"
+    return f"{file.base.rstrip('/') + '/' if file.base else ''}{file.path}"
 
 
 def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
@@ -272,13 +399,9 @@ def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
     for file in files:
         if not _DATA_FILE.fullmatch(file.name):
             raise LanceRayError(f"{file.name!r} in the ledger of {table.uri} is not the name of a data file")
-        by_base.setdefault(file.base, []).append(file.name)
-    for base, names in by_base.items():
-        store = _Store(table, base)
-        blobs = [path for name in names for path in store.list(f"data/{name.removesuffix('.lance')}")]
-        with ThreadPoolExecutor(min(_DELETE_THREADS, len(names))) as pool:
-            list(pool.map(store.delete, [f"data/{name}" for name in names] + blobs))
-        store.prune(*(f"data/{name.removesuffix('.lance')}" for name in names), "data", "")
+        by_base.setdefault(file.base, []).append(file.path)
+    for base, paths in by_base.items():
+        _each(_Store(table, base).delete_data, paths)
 
 
 class _Store:
@@ -287,31 +410,38 @@ class _Store:
     def __init__(self, table: PinnedTable, base: str | None = None) -> None:
         self._uri = base or table.uri
         self._secrets = table.secrets
-        kwargs = table.write_kwargs()
-        params = kwargs.pop("base_store_params") or {}
-        if base in params:
-            kwargs["storage_options"] = params[base]
-        with self._translated("open"):
-            self._session = LanceFileSession(self._uri, **kwargs)
+        self._session = table.file_session(base)
 
     def _translated(self, action: str) -> Any:
         return translate_errors(f"{action} the job ledger of", self._uri, secrets=self._secrets)
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="lance-ray-") as folder, self._translated("write"):
+    def write(self, name: str, content: dict[str, Any], retry: RetryPolicy = RetryPolicy()) -> None:
+        with self._translated("write"), tempfile.TemporaryDirectory(prefix="lance-ray-") as folder:
             local = Path(folder) / "entry.json"
             local.write_text(json.dumps(content))
+            retry.call(lambda: self._upload(local, name), retry_on=self._may_pass)
+
+    def _upload(self, local: Path, name: str) -> None:
+        with self._translated("write"):
             self._session.upload_file(local, name)
+
+    def _may_pass(self, error: BaseException) -> bool:
+        # A job that ends beside this one removes folders that are empty, perhaps the one just made for this file.
+        pruned = isinstance(error, StorageError) and error.kind == "missing" and is_local(self._uri)
+        return pruned or is_interruption(error)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The content, or None when the file is gone or was cut short by a crash."""
-        with tempfile.TemporaryDirectory(prefix="lance-ray-") as folder, self._translated("read"):
-            if not self._session.contains(name):
-                return None
+        with self._translated("read"), tempfile.TemporaryDirectory(prefix="lance-ray-") as folder:
             local = Path(folder) / "entry.json"
-            self._session.download_file(name, local)
             try:
+                with self._translated("read"):
+                    self._session.download_file(name, local)
                 content = json.loads(local.read_text())
+            except StorageError:
+                if self.contains(name):
+                    raise
+                return None
             except ValueError:
                 return None
         return content if isinstance(content, dict) else None
@@ -332,6 +462,13 @@ class _Store:
         except StorageError as error:
             if error.kind != "missing" and self.contains(name):
                 raise
+
+    def delete_data(self, path: str) -> None:
+        """Delete a data file and the blobs that belong to it."""
+        blobs = path.removesuffix(".lance")
+        for name in (path, *self.list(blobs)):
+            self.delete(name)
+        self.prune(blobs)
 
     def prune(self, *folders: str) -> None:
         """Remove folders that are empty now; object stores have none."""

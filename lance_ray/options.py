@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import inspect
+import itertools
 import random
 import re
 import uuid
@@ -46,6 +47,8 @@ def pairs(options: Mapping[str, Any] | None, parameter: str) -> Pairs | None:
 
 def nested_pairs(options: Mapping[str, Mapping[str, Any]] | None, parameter: str) -> tuple[tuple[str, Pairs], ...]:
     """``base_store_params``: a mapping of base URI to storage options, hashable."""
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(base, str) for base in options)):
+        raise InvalidArgumentError(parameter, type(options).__name__, "must map base URIs to storage options")
     return tuple(sorted((base, pairs(inner, parameter) or ()) for base, inner in (options or {}).items()))
 
 
@@ -236,6 +239,28 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class BasePath:
+    """A further place for files. The engine's own class does not pickle, and without an id it is another base in the
+    files than in the commit.
+    """
+
+    id: int
+    path: str
+    name: str | None = None
+    is_dataset_root: bool = False
+
+    @classmethod
+    def fold(cls, given: Sequence[Any]) -> tuple[BasePath, ...]:
+        """The same bases, each with an id."""
+        free = (number for number in itertools.count(1) if number not in {base.id for base in given})
+        return tuple(cls(base.id or next(free), base.path, base.name, base.is_dataset_root) for base in given)
+
+    def engine(self) -> lance.DatasetBasePath:
+        """As the engine wants it."""
+        return lance.DatasetBasePath(self.path, self.name, self.is_dataset_root, self.id)
+
+
+@dataclass(frozen=True, slots=True)
 class WriteOptions:
     """How rows become files, and what the commit says."""
 
@@ -246,8 +271,8 @@ class WriteOptions:
     max_bytes_per_file: int | None = None
     data_storage_version: str | None = None
     enable_stable_row_ids: bool = False
-    initial_bases: tuple[Any, ...] | None = None
-    target_bases: tuple[str, ...] | None = None
+    initial_bases: Sequence[Any] | None = None
+    target_bases: Sequence[str] | None = None
     external_blob_mode: str = "reference"
     allow_external_blob_outside_bases: bool = False
 
@@ -271,8 +296,23 @@ class WriteOptions:
             raise InvalidArgumentError(
                 "allow_external_blob_outside_bases", True, "needs external_blob_mode='reference'"
             )
-        if self.initial_bases is not None and self.mode == "append":
-            raise InvalidArgumentError("initial_bases", "...", "can only be given when a table is created")
+        self._fold_bases()
+        if self.data_storage_version is not None and not isinstance(self.data_storage_version, str):
+            raise InvalidArgumentError("data_storage_version", self.data_storage_version, "must be text, such as '2.1'")
+
+    def _fold_bases(self) -> None:
+        if self.target_bases is not None:
+            object.__setattr__(self, "target_bases", _strings("target_bases", self.target_bases) or None)
+        given = self.initial_bases
+        if given is None:
+            return
+        if not isinstance(given, Sequence) or not all(
+            isinstance(base, (lance.DatasetBasePath, BasePath)) for base in given
+        ):
+            raise InvalidArgumentError("initial_bases", given, "must be a list of lance.DatasetBasePath")
+        object.__setattr__(self, "initial_bases", BasePath.fold(given) or None)
+        if given and self.mode == "append":
+            raise InvalidArgumentError("initial_bases", given, "can only be given when a table is created")
 
     @property
     def rows_decide(self) -> bool:
@@ -320,6 +360,8 @@ class CommitOptions:
     max_attempts: int = 20
 
     def __post_init__(self) -> None:
+        if self.message is not None and not isinstance(self.message, str):
+            raise InvalidArgumentError("commit_message", self.message, "must be text")
         if self.job_id is not None and not (isinstance(self.job_id, str) and _JOB_ID.fullmatch(self.job_id)):
             raise InvalidArgumentError(
                 "job_id", self.job_id, "must be 1 to 128 letters, digits, '.', '_' or '-', not starting with a sign"
@@ -335,6 +377,8 @@ def fold_version(version: Any, asof: Any, branch: Any) -> tuple[int | str | None
     """``version``, ``asof`` and ``branch`` checked; a time comes back aware (naive means local)."""
     if version is not None and asof is not None:
         raise InvalidArgumentError("asof", asof, f"cannot be combined with version={version!r}")
+    if version == "":
+        raise InvalidArgumentError("version", version, "must be a number or the name of a tag")
     if version is not None and not isinstance(version, str):
         check_positive("version", version)
     if branch is not None and not (isinstance(branch, str) and branch):

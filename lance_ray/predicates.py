@@ -56,6 +56,8 @@ _TIME_UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "N
 _TIME_ZONE = re.compile(r"[\w+:/-]+", re.ASCII)
 _CONVERSION_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
+# Metadata of columns that a scan returns, or that SQL sees, as another type than the schema's.
+_NOT_AS_STORED = {b"lance-encoding:blob", b"ARROW:extension:name"}
 # Lance's SQL parser gives up at 50 levels of recursion and takes several for each pair of parentheses.
 _MAX_NESTING = 10
 # Parsing costs some 5 microseconds a value in every task that scans; past this, reading the column is cheaper.
@@ -122,7 +124,8 @@ def split_predicate(expr: Expr, schema: pa.Schema) -> SplitPredicate:
 
 def apply_residual(table: pa.Table, residual: Expr) -> pa.Table:
     """The rows of ``table`` that pass ``residual``, in order, by Ray's own evaluation and with its errors."""
-    accessor: Any = BlockAccessor.for_block(table)  # declared without the `filter` that both kinds of block have
+    # Before version 23, pyarrow's AND and OR of nullable chunks write over neighbouring bits (apache/arrow#47825).
+    accessor: Any = BlockAccessor.for_block(table.combine_chunks())
     return accessor.filter(residual)
 
 
@@ -243,7 +246,7 @@ class _Translator:
         if index < 0 or not name or "`" in name or "." in name:
             return None
         field = self.schema.field(index)
-        if isinstance(field.type, pa.BaseExtensionType) or b"lance-encoding:blob" in (field.metadata or {}):
+        if isinstance(field.type, pa.BaseExtensionType) or _NOT_AS_STORED & set(field.metadata or ()):
             return None
         return _Value(f"`{name}`", field.type)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from lance_ray.errors import InvalidArgumentError, translate_errors
 from lance_ray.options import ScanOptions
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
 from lance_ray.predicates import apply_residual, columns_of
-from lance_ray.retry import RetryPolicy
+from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import PinnedTable
 
 if TYPE_CHECKING:
@@ -42,7 +42,11 @@ INDEX_ANSWER_ROWS = 1_000_000
 ROW_COUNT_COLUMN = "__bsp_stub"
 
 _SAMPLED_FRAGMENTS = 128
+_WEIGHED_FRAGMENTS = 2048
 _EXACT_INDICES = {"BTree", "Bitmap", "LabelList"}
+_SEARCH_COLUMNS = ("_distance", "_score")
+_RANKINGS = ("nearest", "full_text_query", "order_by")
+_ROW_MASKS = ("row_addr_allowlist", "row_addr_blocklist", "include_deleted_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,14 @@ class ReadSpec:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     @property
+    def is_masked(self) -> bool:
+        """Whether a scanner option decides which rows there are, so that the rows of a fragment cannot be numbered."""
+        return any(self.scan.scanner.get(name) for name in _ROW_MASKS)
+
+    @property
     def has_filter(self) -> bool:
         """Whether the number of rows is not known before the scan."""
-        return self.scan.filter is not None or self.sql is not None or self.residual is not None
+        return self.filter is not None or self.residual is not None or self.is_masked
 
     @property
     def output_schema(self) -> pa.Schema:
@@ -87,7 +96,8 @@ class ReadSpec:
         if names is None:
             return None
         wanted_names = dict.fromkeys((*names, *self._residual_columns()))
-        return [name for name in wanted_names if name in available.names or name in META_COLUMNS]
+        known = {*available.names, *META_COLUMNS, *(_SEARCH_COLUMNS if self.scan.is_search else ())}
+        return [name for name in wanted_names if name.partition(".")[0] in known]
 
     def _residual_columns(self) -> tuple[str, ...]:
         return () if self.residual is None else tuple(sorted(columns_of(self.residual)))
@@ -103,6 +113,8 @@ class ReadSpec:
         kwargs = dict(self.scan.scanner)
         if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
             kwargs["batch_size"] = self.batch_size
+        if self.projection is not None and self.scan.is_search:
+            kwargs["disable_scoring_autoprojection"] = True
         columns = self.scanned_columns(dataset.schema)
         fragment_id = self.wants(FRAGMENT_ID, asked=self.scan.with_fragment_id)
         return {
@@ -131,22 +143,28 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
     """
     dataset = table.open()
     _check_columns(dataset, scan)
-    spec = ReadSpec(table, scan, pa.schema([]))
-    kwargs = {**spec.scanner_kwargs(dataset), "filter": None}
-    with _argument_errors("columns", scan.columns):
-        schema = dataset.scanner(**kwargs).projected_schema
-    if scan.filter is not None and not scan.is_search:
+    fragments = _fragments(dataset, scan.fragment_ids)
+    if scan.filter is not None and not isinstance(scan.filter, Mapping):
         with _argument_errors("filter", scan.filter):
             dataset.scanner(columns=[], with_row_id=True, filter=scan.filter).explain_plan()
-    if scan.with_fragment_id:
-        schema = pa.schema([*schema, pa.field(FRAGMENT_ID, pa.uint64())], schema.metadata)
+    spec = ReadSpec(table, scan, pa.schema([]))
+    kwargs = spec.scanner_kwargs(dataset)
+    ranking = next((name for name in _RANKINGS if scan.scanner.get(name) is not None), None)
+    with _argument_errors(ranking or "columns", scan.scanner[ranking] if ranking else scan.names):
+        schema = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
+        if ranking:
+            dataset.scanner(**{**kwargs, "with_row_id": True, "fragments": fragments}).explain_plan()
+    if spec.wants(FRAGMENT_ID, asked=scan.with_fragment_id):
+        hidden = set() if spec.wants(ROW_ADDRESS, asked=scan.with_row_address) else {ROW_ADDRESS}
+        fields = [item for item in schema if item.name not in hidden]
+        schema = pa.schema([*fields, pa.field(FRAGMENT_ID, pa.uint64())], schema.metadata)
     return schema
 
 
 def _check_columns(dataset: lance.LanceDataset, scan: ScanOptions) -> None:
     known = {*dataset.schema.names, *META_COLUMNS, FRAGMENT_ID}
     if scan.is_search:
-        known |= {"_distance", "_score"}
+        known |= set(_SEARCH_COLUMNS)
     unknown = [name for name in scan.columns or () if name not in known and name.partition(".")[0] not in known]
     if unknown:
         raise InvalidArgumentError(
@@ -164,7 +182,7 @@ class _argument_errors:  # noqa: N801 - a context manager, used as a function
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, TypeError, KeyError, pa.ArrowInvalid)):
+        if isinstance(error, (ValueError, TypeError, KeyError, pa.ArrowException)):
             message = re.sub(r",?\s*/\S+\.rs:\d+:\d+", "", str(error))
             raise InvalidArgumentError(self._parameter, self._value, message) from None
 
@@ -192,13 +210,33 @@ def bytes_per_row(table: PinnedTable, schema: pa.Schema) -> float:
     return fixed + variable * per_column
 
 
-def fragment_stats(table: PinnedTable, row_bytes: float, fragment_ids: Sequence[int] | None) -> FragmentStats:
-    """The fragments of the snapshot in table order, from the manifest alone."""
+def fragment_stats(
+    table: PinnedTable, row_bytes: float, fragment_ids: Sequence[int] | None, *, varies: bool = False
+) -> FragmentStats:
+    """The fragments of the snapshot in table order, from the manifest alone.
+
+    Args:
+        table: the snapshot.
+        row_bytes: see :func:`bytes_per_row`.
+        fragment_ids: only these.
+        varies: whether rows are of varying width; then fragments weigh by the sizes of their files, unless there are
+            so many that an average does as well.
+    """
     fragments = table.open().get_fragments()
     ids = [fragment.fragment_id for fragment in fragments]
     rows = [fragment.physical_rows - fragment.num_deletions for fragment in fragments]
-    stats = FragmentStats(ids, rows, [row_bytes * count for count in rows])
+    widths = _disk_widths(fragments) if varies and 1 < len(fragments) <= _WEIGHED_FRAGMENTS else [1.0] * len(rows)
+    mean = sum(width * count for width, count in zip(widths, rows, strict=True)) / max(sum(rows), 1) or 1.0
+    weights = [row_bytes * count * width / mean for width, count in zip(widths, rows, strict=True)]
+    stats = FragmentStats(ids, rows, weights)
     return stats if fragment_ids is None else stats.select(positions_of(ids, fragment_ids))
+
+
+def _disk_widths(fragments: Sequence[Any]) -> list[float]:
+    """Bytes of each fragment's files for a row."""
+    metadata = [fragment.metadata for fragment in fragments]
+    sizes = [sum(file.file_size_bytes or 0 for file in item.files) for item in metadata]
+    return [size / max(item.physical_rows, 1) for size, item in zip(sizes, metadata, strict=True)]
 
 
 def index_answer(spec: ReadSpec) -> np.ndarray | None:
@@ -209,7 +247,9 @@ def index_answer(spec: ReadSpec) -> np.ndarray | None:
         is not exact, or matches more than :data:`INDEX_ANSWER_ROWS` rows.
     """
     dataset = spec.table.open()
-    if spec.filter is None or spec.scan.scanner.get("use_scalar_index") is False or not dataset.describe_indices():
+    if spec.filter is None or spec.is_masked or spec.scan.scanner.get("use_scalar_index") is False:
+        return None
+    if not dataset.describe_indices():
         return None
     fragments = _fragments(dataset, spec.scan.fragment_ids)
     kwargs = {
@@ -242,13 +282,17 @@ def _is_answered_by_indices(dataset: lance.LanceDataset, plan: str) -> bool:
 
 
 def covered_fragments(dataset: lance.LanceDataset, name: str) -> set[int]:
-    """The fragments that the segments of an index cover together."""
-    description = next(item for item in dataset.describe_indices() if item.name == name)
-    return {fragment for segment in description.segments for fragment in segment.fragment_ids}
+    """The fragments that the segments of an index cover together; none where there is no such index."""
+    segments = [segment for item in dataset.describe_indices() if item.name == name for segment in item.segments]
+    return {fragment for segment in segments for fragment in segment.fragment_ids}
 
 
 def _fragments(dataset: lance.LanceDataset, ids: Sequence[int] | None) -> list[Any] | None:
-    return None if ids is None else [_fragment(dataset, item) for item in ids]
+    """The fragments in table order, in which a scanner would not put them. InvalidArgumentError for unknown ids."""
+    if ids is None:
+        return None
+    known = list(dataset.fragment_ids())
+    return [_fragment(dataset, known[position]) for position in positions_of(known, ids)]
 
 
 def _fragment(dataset: lance.LanceDataset, fragment_id: int) -> Any:
@@ -262,8 +306,8 @@ def scan(spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
     A transient storage error in mid-scan is retried from the row reached. What Ray pushed and Lance cannot decide
     exactly is filtered here by Ray's own code.
     """
-    dataset = spec.table.open()
-    if spec.projection == () and spec.residual is None:
+    dataset = spec.retry.call(spec.table.open, retry_on=is_interruption, what="open")
+    if not spec.output_schema.names and spec.residual is None:
         yield from _count_only(dataset, spec, rows)
         return
     for table in _gathered(_batches(dataset, spec, rows)):
@@ -273,12 +317,10 @@ def scan(spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
 
 
 def _count_only(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
-    bare = dataclasses.replace(spec, projection=None, scan=dataclasses.replace(spec.scan, columns=(ROW_ID,)))
-    for selection in _selections(dataset, bare, rows):
-        with translate_errors("count", spec.table.uri, secrets=spec.table.secrets):
-            count = dataset.scanner(**{**bare.scanner_kwargs(dataset), **selection}).count_rows()
-        if count:
-            yield pa.table({ROW_COUNT_COLUMN: pa.nulls(count)})
+    bare = dataclasses.replace(spec, projection=(ROW_ID,), scan=dataclasses.replace(spec.scan, expressions=()))
+    count = sum(batch.num_rows for batch in _batches(dataset, bare, rows))
+    if count:
+        yield pa.table({ROW_COUNT_COLUMN: pa.nulls(count)})
 
 
 def _batches(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.RecordBatch]:
@@ -288,7 +330,12 @@ def _batches(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) ->
         def open_stream(done: int, selection: dict[str, Any] = selection) -> Iterator[pa.RecordBatch]:
             return _stream(dataset, spec, {**kwargs, **_after(selection, done)})
 
-        yield from spec.retry.iterate(open_stream, size=lambda batch: int(batch.num_rows))
+        if kwargs.get("scan_in_order") is False:
+            yield from open_stream(0)  # the rows that came so far would not be the first ones of another scan
+        else:
+            yield from spec.retry.iterate(
+                open_stream, size=lambda batch: int(batch.num_rows), retry_on=is_interruption, what="scan"
+            )
 
 
 def _stream(dataset: lance.LanceDataset, spec: ReadSpec, kwargs: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -319,7 +366,10 @@ def _selections(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows)
         return
     if rows.pieces is None:
         limit, offset = spec.scan.limit, spec.scan.offset or None
-        yield {"fragments": _fragments(dataset, spec.scan.fragment_ids), "limit": limit, "offset": offset}
+        selection = {"fragments": _fragments(dataset, spec.scan.fragment_ids), "limit": limit, "offset": offset}
+        # The engine sorts by a column that does not come out only where it can take the rows by their ids.
+        by_id = {"with_row_id": True} if spec.scan.scanner.get("order_by") is not None else {}
+        yield {**selection, **by_id}
         return
     whole: list[Any] = []
     for piece in rows.pieces:
@@ -340,10 +390,18 @@ def _row_range(dataset: lance.LanceDataset, spec: ReadSpec, piece: Piece) -> dic
     window: dict[str, Any] = {"offset": piece.start or None, "limit": piece.stop - piece.start}
     if spec.filter is None:
         return {"fragments": fragments, **window}
+
     # With a filter, offset and limit would count the rows that pass: mask the range by row id instead.
-    with translate_errors("scan", spec.table.uri, secrets=spec.table.secrets):
-        ids = dataset.scanner(fragments=fragments, columns=[], with_row_id=True, **window).to_table()[ROW_ID]
-    return {"fragments": fragments, "row_addr_allowlist": serialize_row_addrs(ids.to_pylist())}
+    def row_ids() -> list[int]:
+        with translate_errors("scan", spec.table.uri, secrets=spec.table.secrets):
+            scanner = dataset.scanner(fragments=fragments, columns=[], with_row_id=True, **window)
+            ids: list[int] = scanner.to_table()[ROW_ID].to_pylist()
+            return ids
+
+    return {
+        "fragments": fragments,
+        "row_addr_allowlist": serialize_row_addrs(spec.retry.call(row_ids, retry_on=is_interruption)),
+    }
 
 
 def _gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
@@ -367,23 +425,29 @@ def _as_table(batches: list[pa.RecordBatch], size: int) -> pa.Table:
 
 def _finish(table: pa.Table, spec: ReadSpec) -> pa.Table:
     """The table as it comes out: fragment ids computed, the residual applied, columns as the schema says."""
-    if FRAGMENT_ID in spec.output_schema.names or (spec.residual and FRAGMENT_ID in columns_of(spec.residual)):
+    wanted = spec.output_schema
+    looked_at = () if spec.residual is None else columns_of(spec.residual)
+    if FRAGMENT_ID in wanted.names or FRAGMENT_ID in looked_at:
         addresses = table[ROW_ADDRESS].to_numpy()
         table = table.append_column(FRAGMENT_ID, pa.array(addresses >> np.uint64(32), pa.uint64()))
     if spec.residual is not None:
+        present = set(table.schema.names)
+        for item in (item for item in spec.schema if item.name in looked_at and item.name not in present):
+            table = table.append_column(item, pa.nulls(table.num_rows, item.type))
         table = apply_residual(table, spec.residual)
-    if spec.projection == ():
+    if not wanted.names:
         return pa.table({ROW_COUNT_COLUMN: pa.nulls(table.num_rows)})
-    wanted = spec.output_schema
-    if table.schema.names == wanted.names:
+    if table.schema.names == wanted.names and table.schema.types == wanted.types:
         return table
-    present = set(table.schema.names)
-    columns = [table[item.name] if item.name in present else pa.nulls(table.num_rows, item.type) for item in wanted]
-    return pa.table(columns, schema=_with_types(wanted, columns))
+    return pa.table([_column(table, item) for item in wanted], schema=wanted)
 
 
-def _with_types(schema: pa.Schema, columns: Sequence[Any]) -> pa.Schema:
-    return pa.schema([item.with_type(column.type) for item, column in zip(schema, columns, strict=True)])
+def _column(table: pa.Table, wanted: pa.Field) -> Any:
+    """A column as the schema has it: several tables may lack it, or have a narrower form of its type."""
+    if wanted.name not in table.schema.names:
+        return pa.nulls(table.num_rows, wanted.type)
+    column = table[wanted.name]
+    return column if column.type == wanted.type else column.cast(wanted.type)
 
 
 def read_batch_rows(schema: pa.Schema, row_bytes: float) -> int:

@@ -37,6 +37,14 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, _BROKEN_CONNECTION)
 
 
+def is_interruption(error: BaseException) -> bool:
+    """The same for a store that has answered in this job: also true when nobody answers just now.
+
+    The engine reports a reset connection and a refused one alike, so only the first contact can tell a wrong address.
+    """
+    return is_transient(error) or (isinstance(error, StorageError) and error.kind == "unreachable")
+
+
 class _End:
     """The type of the end of a stream, which no item can be mistaken for."""
 

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import lance
 import pyarrow as pa
+from lance.file import LanceFileSession
 
 from lance_ray import catalog
 from lance_ray.catalog import NamespaceRef
@@ -115,6 +116,15 @@ class TableRef:
             uri=normalize_uri(found.uri),
             storage_options=catalog.merge_options(self.storage_options, found.storage_options),
         )
+
+    def unpinned(self) -> PinnedTable:
+        """The address alone, as version 0; whether there is a table is not looked at. For ledgers and commits.
+
+        Raises:
+            TableNotFoundError: the namespace has no such table.
+        """
+        location = self.locate()
+        return PinnedTable(self, location.uri, 0, location.storage_options, location.managed_versioning)
 
     def pin(self) -> PinnedTable:
         """The version asked for, resolved now: one describe where there is a namespace, and one open.
@@ -274,6 +284,15 @@ class PinnedTable:
         kwargs.pop("namespace_client_managed_versioning", None)
         return kwargs
 
+    def file_session(self, base: str | None = None) -> LanceFileSession:
+        """Access to single files below the table, or below one of its further bases."""
+        kwargs = self.write_kwargs()
+        params = kwargs.pop("base_store_params") or {}
+        if base in params:
+            kwargs["storage_options"] = params[base]
+        with translate_errors("open", base or self.uri, secrets=self.secrets):
+            return LanceFileSession(base or self.uri, **kwargs)
+
 
 @dataclass(frozen=True, slots=True)
 class WriteTarget:
@@ -292,6 +311,7 @@ class WriteTarget:
             TableNotFoundError: mode ``append`` and there is none.
             StorageError: the store could not be reached, or refused.
         """
+        ref = dataclasses.replace(ref, version=None)  # an opened dataset may show an old one
         try:
             location = ref.locate()
         except TableNotFoundError:
@@ -310,6 +330,11 @@ class WriteTarget:
         if mode == "create":
             raise TableExistsError(ref.target)
         return cls(table if base.uri == table.uri else dataclasses.replace(table, uri=base.uri), base, mode)
+
+    @property
+    def base_version(self) -> int:
+        """The version of the existing table, or 0 when there is none."""
+        return 0 if self.base is None else self.base.version
 
     @property
     def schema(self) -> pa.Schema | None:

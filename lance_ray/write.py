@@ -9,9 +9,10 @@ Memory of a write task: its bundle (Ray's, in the object store), one output file
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,19 +20,19 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata, write_fragments
 
 from lance_ray.arrow import align, to_arrow, unify
-from lance_ray.errors import LanceRayError, TableExistsError, translate_errors
+from lance_ray.errors import InvalidArgumentError, LanceRayError, TableExistsError, translate_errors
 from lance_ray.ledger import JobRef, WrittenPath
 from lance_ray.options import WriteOptions
-from lance_ray.retry import RetryPolicy
+from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import WriteTarget
 
 logger = logging.getLogger(__name__)
 
-SLICE_BYTES = 64 * 1024**2
-"""Blocks are cut to slices of this size, so that a block of any size can be spread over files."""
-
 SMALL_BYTES = 1024**2
 """Blocks below this size are joined before they are aligned and written."""
+
+JOINED_BYTES = 64 * 1024**2
+"""No more is joined than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +76,14 @@ def write_blocks(spec: WriteSpec, blocks: Iterable[Any]) -> list[WrittenFile]:
     """
     written: list[WrittenFile] = []
     empty: pa.Schema | None = None
-    for chunks in _files(_slices(blocks), spec.options):
+    for chunks in _files(map(to_arrow, _joined(blocks)), spec.options):
         if sum(chunk.num_rows for chunk in chunks):
             written.append(write_file(spec, chunks))
-        elif empty is None:
+        elif not empty:
             empty = chunks[0].schema
     if not written and empty is not None:
         written.append(WrittenFile(0, 0, empty.serialize().to_pybytes()))
     return written
-
-
-def _slices(blocks: Iterable[Any]) -> Iterator[pa.Table]:
-    for table in map(to_arrow, _joined(blocks)):
-        size = table.nbytes
-        step = table.num_rows if size <= SLICE_BYTES else max(1, table.num_rows * SLICE_BYTES // size)
-        if table.num_rows == 0:
-            yield table
-        for start in range(0, table.num_rows, max(step, 1)):
-            yield table.slice(start, step)
 
 
 def _joined(blocks: Iterable[Any]) -> Iterator[Any]:
@@ -101,7 +92,7 @@ def _joined(blocks: Iterable[Any]) -> Iterator[Any]:
     size = 0
     for block in blocks:
         small = isinstance(block, pa.Table) and 0 < block.nbytes < SMALL_BYTES
-        if held and not (small and size < SLICE_BYTES and block.schema.equals(held[0].schema, check_metadata=True)):
+        if held and not (small and size < JOINED_BYTES and block.schema.equals(held[0].schema, check_metadata=True)):
             yield _join(held)
             held, size = [], 0
         if small:
@@ -120,28 +111,36 @@ def _join(tables: list[pa.Table]) -> pa.Table:
     return table if extended or len(tables) == 1 else table.combine_chunks()
 
 
-def _files(slices: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
-    """Slices grouped to files: closed at the byte limit (not when rows decide) and cut exactly at the row limit."""
+def _files(tables: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
+    """Rows grouped to files, which end at the row limit or the byte limit (where rows decide, one that was asked for).
+
+    Variable widths make the bytes an estimate: a table is cut as if all its rows were of one size.
+    """
     limit = options.max_bytes_per_file if options.rows_decide else options.file_bytes
     held: list[pa.Table] = []
     rows = size = 0
-    for part in slices:
-        rest = part
+    for table in tables:
+        rest = table
         while rest.num_rows:
-            if held and limit is not None and size + rest.nbytes > limit:
+            count = min(_fitting(rest, limit, size), options.max_rows_per_file - rows)
+            if count <= 0 and held:
                 yield held
                 held, rows, size = [], 0, 0
-            taken = rest.slice(0, options.max_rows_per_file - rows)
+                continue
+            taken = rest.slice(0, max(count, 1))
             rest = rest.slice(taken.num_rows)
             held.append(taken)
             rows, size = rows + taken.num_rows, size + taken.nbytes
-            if rows >= options.max_rows_per_file:
-                yield held
-                held, rows, size = [], 0, 0
-        if not part.num_rows and not held:
-            yield [part]
+        if not table.num_rows and not held:
+            yield [table]
     if held:
         yield held
+
+
+def _fitting(table: pa.Table, limit: int | None, used: int) -> int:
+    size: int = table.nbytes
+    rows: int = table.num_rows
+    return rows if limit is None or used + size <= limit else rows * (limit - used) // size
 
 
 def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
@@ -153,10 +152,27 @@ def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
     serialized = schema.serialize().to_pybytes()
     if len(typed) == 0:
         return WrittenFile(rows, 0, serialized)
-    fragment = spec.retry.call(lambda: write_table_file(spec, aligned, typed, rows))
+    attempt = functools.partial(write_table_file, spec, aligned, typed, rows)
+    fragment = spec.retry.call(attempt, retry_on=is_interruption, what="write")
     if spec.job is not None:
         spec.job.record(paths_of(spec, [fragment]))
     return WrittenFile(rows, size, serialized, json.dumps(fragment.to_json()))
+
+
+def rewrite_file(spec: WriteSpec, file: WrittenFile) -> WrittenFile:
+    """Write the rows of a finished file again, with the schema that is known by now. The old file is left over."""
+    schema = spec.schema
+    assert schema is not None  # noqa: S101 - this is what a file is written again for
+    if file.fragment is None:  # its columns had no type, so all that there was to know is how many rows it has
+        return write_file(spec, [pa.table([pa.nulls(file.rows, item.type) for item in schema], schema=schema)])
+    path = paths_of(spec, [file.metadata()])[0]
+    table = spec.target.table
+
+    def read() -> pa.Table:
+        with translate_errors("read back", table.uri, secrets=table.secrets):
+            return table.file_session(path.base).open_reader(path.path).read_all().to_table()
+
+    return write_file(spec, [spec.retry.call(read, retry_on=is_interruption, what="read back")])
 
 
 def _without_nulls(schema: pa.Schema) -> pa.Schema:
@@ -216,24 +232,35 @@ def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
         "dataset_uri": target.table.uri,
         "mode": "create" if new else "overwrite",
         "data_storage_version": version,
-        "initial_bases": list(options.initial_bases) if new and options.initial_bases else None,
+        "initial_bases": [base.engine() for base in options.initial_bases or ()] or None,
     }
+
+
+def format_of(version: str) -> str:
+    """The file format that ``data_storage_version`` stands for, asked of the engine, which alone knows all names."""
+    try:
+        fragments = write_fragments(pa.table({"a": [0]}), "memory://", mode="create", data_storage_version=version)
+    except ValueError:
+        raise InvalidArgumentError(
+            "data_storage_version", version, "the engine does not know it; use '2.0', '2.1', '2.2' or 'stable'"
+        ) from None
+    file = fragments[0].files[0]
+    found = f"{file.file_major_version}.{file.file_minor_version}"
+    return "0.1" if found == "0.2" else found  # what files of the legacy format call themselves
 
 
 def paths_of(spec: WriteSpec, fragments: Iterable[FragmentMetadata]) -> list[WrittenPath]:
     """The names of the fragments' files as the ledger keeps them."""
-    bases = _base_uris(spec)
-    return [
-        WrittenPath(str(file.path), None if file.base_id is None else bases(file.base_id))
-        for fragment in fragments
-        for file in fragment.files
-    ]
+    files = [file for fragment in fragments for file in fragment.files]
+    if all(file.base_id is None for file in files):
+        return [WrittenPath(str(file.path)) for file in files]
+    known = {base.id: base for base in spec.options.initial_bases or ()}
+    if spec.target.base is not None:
+        known = spec.target.base.open().base_paths()
+    return [_path_in(known.get(file.base_id), str(file.path)) for file in files]
 
 
-def _base_uris(spec: WriteSpec) -> Callable[[int], str]:
-    def uri(base_id: int) -> str:
-        if spec.target.base is not None:
-            return str(spec.target.base.open().base_paths()[base_id].path)
-        return str((spec.options.initial_bases or ())[base_id - 1].path)
-
-    return uri
+def _path_in(base: Any, name: str) -> WrittenPath:
+    if base is None:
+        return WrittenPath(name)
+    return WrittenPath(name, str(base.path), "data" if base.is_dataset_root else "")

@@ -16,20 +16,21 @@ from typing import NamedTuple
 
 from lance_ray.errors import InvalidArgumentError
 
-TASK_BYTES = 80 * 1024**2
-"""Projected bytes that one task of a full scan should read (64 to 96 MiB measured best)."""
+TASK_BYTES = 120 * 1024**2
+"""Projected bytes that one task of a full scan should read: one block of Ray's default size of 128 MiB at most."""
 
 FILTERED_TASK_BYTES = 512 * 1024**2
 """The same for a scan with a filter, whose tasks mostly return little."""
 
-MIN_TASK_BYTES = 4 * 1024**2
+MIN_TASK_BYTES = 8 * 1024**2
 """Below this a task costs more to start than it saves."""
 
 FIRST_TASK_BYTES = 256 * 1024
-"""The first task of a large scan, so that ``ds.limit(n)`` and ``take`` answer quickly; the second is 16 times that."""
+"""The first task of a large scan, so that ``ds.limit(n)`` and ``take`` answer quickly."""
 
 _SNAP = 0.25
 _ROW_ALIGNMENT = 1024
+_SHUFFLED_RANGES = 8  # of each task
 
 
 class Piece(NamedTuple):
@@ -135,6 +136,8 @@ def plan_reads(stats: FragmentStats, cut: Cut, *, offset: int = 0, limit: int | 
     if not parts:
         return []
     if cut.group_size is not None:
+        if cut.shuffle_seed is not None:
+            random.Random(cut.shuffle_seed).shuffle(parts)
         groups: Iterable[Sequence[_Part]] = _batched(parts, cut.group_size)
     elif cut.shuffle_seed is not None:
         groups = _shuffled(stats, parts, cut)
@@ -152,13 +155,12 @@ def _weight(stats: FragmentStats, part: _Part) -> float:
 
 
 def _targets(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[float]:
-    """Where to cut, as cumulative weights: equal shares, after two small tasks where the planner decides alone."""
+    """Where to cut, as cumulative weights: equal shares, after one small task where the planner decides alone."""
     total = sum(_weight(stats, part) for part in parts)
     tasks = number_of_tasks(total, cut)
-    head: list[float] = []
-    if cut.num_tasks is None and not cut.filtered and total / tasks > 64 * FIRST_TASK_BYTES:
-        head = [FIRST_TASK_BYTES, 17.0 * FIRST_TASK_BYTES]
-    rest = head[-1] if head else 0.0
+    alone = cut.num_tasks is None and not cut.filtered and cut.splittable
+    head = [float(FIRST_TASK_BYTES)] if alone and total / tasks > 64 * FIRST_TASK_BYTES else []
+    rest = sum(head)
     return head + [rest + (total - rest) * k / tasks for k in range(1, tasks)]
 
 
@@ -185,7 +187,7 @@ def _cut_point(part: _Part, index: int, low: float, high: float, *, snap: float,
     rows = part.stop - part.start
     exact = rows * low / (low + high)
     row = round(exact / _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    if not 0 < row < rows:
+    if not 0 < row < rows or abs(row - exact) * (low + high) > snap * rows:
         row = max(1, min(rows - 1, round(exact))) if rows > 1 else 0
     return (index, part.start + row)
 
@@ -210,16 +212,12 @@ def _shuffled(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[li
     """Row ranges of about an eighth of a task in an order that depends on the seed alone."""
     total = sum(_weight(stats, part) for part in parts)
     tasks = number_of_tasks(total, cut)
-    rows = sum(part.stop - part.start for part in parts)
-    step = max(1, min(rows // (tasks * 8) or 1, 1_000_000))
-    ranges = [
-        _Part(part.position, start, min(start + step, part.stop))
-        for part in parts
-        for start in range(part.start, part.stop, step)
-    ]
+    count = tasks * _SHUFFLED_RANGES
+    ranges = _cut(stats, parts, [total * k / count for k in range(1, count)], splittable=cut.splittable)
     random.Random(cut.shuffle_seed).shuffle(ranges)
-    size = math.ceil(len(ranges) / tasks)
-    return [ranges[i : i + size] for i in range(0, len(ranges), size)]
+    tasks = min(tasks, len(ranges))
+    shares = (ranges[len(ranges) * k // tasks : len(ranges) * (k + 1) // tasks] for k in range(tasks))
+    return [[part for group in share for part in group] for share in shares]
 
 
 def _task(stats: FragmentStats, parts: Sequence[_Part]) -> ReadTaskPlan:
