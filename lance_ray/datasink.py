@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
 from ray.data import Dataset
@@ -230,17 +231,23 @@ def _typed(schema: pa.Schema) -> pa.Schema:
     return pa.schema([item for item in schema if not pa.types.is_null(item.type)])
 
 
+def written_schema(spec: WriteSpec, file: WrittenFile) -> pa.Schema:
+    """The columns that are in the file: those of the declared schema, or those of known type."""
+    declared = spec.schema is not None and file.arrow_schema.equals(spec.schema)
+    return file.arrow_schema if declared else _typed(file.arrow_schema)
+
+
 def _with_ids_of(spec: WriteSpec, schema: pa.Schema, file: WrittenFile) -> FragmentMetadata:
-    written = _typed(file.arrow_schema) if spec.schema is None else spec.schema
+    written = written_schema(spec, file)
     if written.equals(schema):
         return file.metadata()
-    target = _field_ids(schema)
-    ids = {field_id: target[path] for path, field_id in _field_ids(written).items()}
+    target = field_ids(LanceSchema.from_pyarrow(schema))
+    ids = {field_id: target[path] for path, field_id in field_ids(LanceSchema.from_pyarrow(written)).items()}
     return commit.remap_fields(file.metadata(), ids)
 
 
-def _field_ids(schema: pa.Schema) -> dict[tuple[str, ...], int]:
-    """Field ids by path, as the engine numbers them (depth first)."""
+def field_ids(schema: LanceSchema) -> dict[tuple[str, ...], int]:
+    """Field ids by path, depth first, which is how the engine numbers the fields of a new schema."""
 
     def walk(fields: Iterable[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
         for item in fields:
@@ -248,7 +255,7 @@ def _field_ids(schema: pa.Schema) -> dict[tuple[str, ...], int]:
             yield path, item.id()
             yield from walk(item.children(), path)
 
-    return dict(walk(LanceSchema.from_pyarrow(schema).fields(), ()))
+    return dict(walk(schema.fields(), ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +313,7 @@ def write_lance(
         min_rows_per_file: other than the default, rows decide how much one task writes; by default bytes do (256 MiB).
         max_rows_per_file: rows of a file at most.
         max_bytes_per_file: bytes in memory of a file at most; an estimate where widths vary.
-        data_storage_version: file format; the table's own, or the engine's default.
+        data_storage_version: file format of a new table; the engine's default.
         enable_stable_row_ids: for a new table: row ids survive compaction and updates.
         storage_options: for the object store; vended ones of a namespace win over them.
         base_store_params: storage options of further bases, by base URI.
@@ -373,6 +380,7 @@ def write_lance(
     check_positive("concurrency", concurrency)
     check_positive("batch_size", batch_size)
     check_positive("resume_rows", resume_rows, optional=False, zero=True)
+    _check_remote_args(ray_remote_args)
     if not isinstance(ds, Dataset):
         raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
     if not stream and (resume_rows or batch_size is not None):
@@ -380,6 +388,17 @@ def write_lance(
             "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
         )
     return _run(job, ds, _Streaming(batch_size, resume_rows) if stream else None)
+
+
+def _check_remote_args(given: Any) -> None:
+    if given is None or given == {}:
+        return
+    if not isinstance(given, dict):
+        raise InvalidArgumentError("ray_remote_args", type(given).__name__, "must be a dict of options of ray.remote")
+    try:
+        ray.remote(**given)(_check_remote_args)  # which checks them, and needs no cluster for it
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError("ray_remote_args", sorted(given), str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,7 +478,7 @@ def check_target(target: WriteTarget, options: WriteOptions) -> None:
         raise InvalidArgumentError("initial_bases", known, "the table exists; only a new one can have bases registered")
     if options.enable_stable_row_ids and not dataset.has_stable_row_ids:
         raise InvalidArgumentError("enable_stable_row_ids", True, "the table exists, and was made without them")
-    if target.mode == "append" and storage_format not in (None, dataset.data_storage_version):
+    if storage_format not in (None, dataset.data_storage_version):  # which no commit of the engine changes
         raise InvalidArgumentError("data_storage_version", version, f"the table has {dataset.data_storage_version}")
 
 
@@ -493,7 +512,10 @@ def _run_tasks(
 
 def _known_schema(ds: Dataset, *, fetch: bool = False) -> pa.Schema | None:
     """The dataset's schema, by default only where Ray knows it without running anything."""
-    found = ds.schema(fetch_if_missing=fetch)
+    try:
+        found = ds.schema(fetch_if_missing=fetch)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # its blocks differ in a way that Ray cannot put together
+        return None
     base = getattr(found, "base_schema", None)
     return base if isinstance(base, pa.Schema) else None
 

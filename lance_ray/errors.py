@@ -239,7 +239,9 @@ _CREDENTIAL = re.compile(
 # the only string matches on engine messages in the package; tests/unit/test_errors.py pins each to what pylance says.
 _SOURCE_LOCATION = re.compile(r",?\s*/\S+\.rs:\d+:\d+")
 _NOT_FOUND = re.compile(r"Dataset at path .* was not found|Table .*(?:not found|does not exist)", re.DOTALL)
-_VERSION_NOT_FOUND = re.compile(r"\.manifest was not found|Ref not found|Version .*not found|does not exist", re.DOTALL)
+_VERSION_NOT_FOUND = re.compile(
+    r"\.manifest was not found|Ref not found|Ref is invalid|Version .*not found|does not exist", re.DOTALL
+)
 _EXISTS = re.compile(r"Dataset already exists")
 _CONFLICT = re.compile(r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict")
 _RETRYABLE_CONFLICT = re.compile(r"[Rr]etryable commit conflict|please retry|Too many concurrent")

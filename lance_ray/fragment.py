@@ -11,16 +11,18 @@ The same worker function and the same commit as in :func:`lance_ray.write_lance`
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+from lance.schema import LanceSchema
 from ray.data.block import BlockAccessor
+from ray.data.datasource import WriteResult
 
-from lance_ray.datasink import LanceDatasink
-from lance_ray.errors import InvalidArgumentError
+from lance_ray.arrow import unify
+from lance_ray.datasink import LanceDatasink, check_target, field_ids, written_schema
+from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
 from lance_ray.ledger import delete_files, untracked
 from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.retry import RetryPolicy
@@ -70,13 +72,13 @@ class LanceFragmentWriter:
             transform: applied to each batch (a ``pyarrow.Table``) before it is written; may return anything that a
                 Ray block can be, or an iterable of such, to write more than fits into memory.
             schema: what every file shall have; for an append the table's own.
-            mode: ``append`` checks against the table, anything else does not; by default ``append`` where there is a
-                table.
+            mode: what the committer is going to do; by default ``append`` where there is a table, else ``create``. The
+                table is looked at once, here.
             max_rows_per_file: rows of a file at most.
             max_bytes_per_file: bytes in memory of a file at most.
             max_rows_per_group: of the legacy file format only, which this writer does not write.
             data_storage_version: file format.
-            enable_stable_row_ids: decided at the commit; accepted here for both halves to take the same keywords.
+            enable_stable_row_ids: of a new table; decided by the committer.
             use_legacy_format: refused when true; the current format is the only one written.
             storage_options: for the object store.
             base_store_params: storage options of further bases.
@@ -94,10 +96,8 @@ class LanceFragmentWriter:
             raise InvalidArgumentError(
                 name, True if use_legacy_format else max_rows_per_group, "is of the legacy file format"
             )
-        self._transform = transform
-        self._ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
-        self._mode = mode
-        self._options = WriteOptions(
+        ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
+        options = WriteOptions(
             mode or "overwrite",
             schema,
             1024 * 1024,
@@ -110,26 +110,35 @@ class LanceFragmentWriter:
             external_blob_mode,
             allow_external_blob_outside_bases,
         )
-        self._retry = RetryPolicy(**(retry_params or {}))
+        target = _target(ref, options)
+        if mode is None and target.base is not None:
+            target = dataclasses.replace(target, mode="append")
+        schema = target.schema if target.mode == "append" else options.schema
+        self._spec = WriteSpec(target, options, schema, None, _retry(retry_params))
+        self._transform = transform
 
     def __call__(self, batch: Any) -> pa.Table:
         """Write one batch; returns a row for each file."""
         produced = self._transform(batch) if self._transform is not None else batch
         is_block = isinstance(produced, (pa.Table, pa.RecordBatch, dict)) or hasattr(produced, "columns")
         blocks: Iterable[Any] = [produced] if is_block else produced
-        return _as_rows(write_blocks(_spec(self._ref, self._mode, self._options, self._retry), blocks))
+        return _as_rows(write_blocks(self._spec, blocks))
 
 
-@functools.lru_cache(maxsize=8)
-def _target(ref: TableRef, mode: str | None) -> WriteTarget:
-    target = WriteTarget.resolve(ref, "overwrite" if mode is None else mode)
-    return dataclasses.replace(target, mode="append") if mode is None and target.base is not None else target
+def _target(ref: TableRef, options: WriteOptions) -> WriteTarget:
+    if options.mode == "ignore":
+        raise InvalidArgumentError("mode", options.mode, "must be 'create', 'append' or 'overwrite' for these two")
+    target = WriteTarget.resolve(ref, options.mode)
+    check_target(target, options)
+    return target
 
 
-def _spec(ref: TableRef, mode: str | None, options: WriteOptions, retry: RetryPolicy) -> WriteSpec:
-    target = _target(ref, mode)
-    schema = target.schema if target.mode == "append" else options.schema
-    return WriteSpec(target, options, schema, None, retry)
+def _retry(given: dict[str, Any] | None) -> RetryPolicy:
+    known = [item.name for item in dataclasses.fields(RetryPolicy)]
+    unknown = sorted(set(given or {}) - set(known))
+    if unknown:
+        raise InvalidArgumentError("retry_params", unknown, f"known are {known}")
+    return RetryPolicy(**(given or {}))
 
 
 def _ref(uri: Any, table_id: Any, impl: Any, properties: Any, storage_options: Any, base_store_params: Any) -> TableRef:
@@ -189,7 +198,7 @@ class LanceFragmentCommitter(LanceDatasink):
             initial_bases=initial_bases,
             target_bases=target_bases,
         )
-        target = WriteTarget.resolve(ref, options.mode)
+        target = _target(ref, options)
         commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
         spec = WriteSpec(target, options, target.schema if options.mode == "append" else schema)
         super().__init__(spec, dataclasses.replace(commit, job_id=commit.operation_id))
@@ -208,6 +217,14 @@ class LanceFragmentCommitter(LanceDatasink):
         """Runs on a worker: hands the rows on to the driver."""
         return [file for block in blocks for file in _from_rows(BlockAccessor.for_block(block).to_arrow())]
 
+    def on_write_complete(self, write_result: WriteResult[list[WrittenFile]]) -> None:
+        """Runs on the driver: one commit, after a look at whether the files were written for it."""
+        self._written = tuple(file for files in write_result.write_returns for file in files or ())
+        for file in self._written:
+            if file.rows:
+                _check_file(self._spec, file)
+        super().on_write_complete(write_result)
+
     def on_write_failed(self, error: Exception) -> None:
         """Runs on the driver. Removes what reached the committer, if it is certain that it was not committed."""
         super().on_write_failed(error)
@@ -216,6 +233,36 @@ class LanceFragmentCommitter(LanceDatasink):
             metadata = [file.metadata() for file in self._written if file.fragment]
             table = spec.target.table
             delete_files(table, untracked(table, paths_of(spec, metadata), spec.target.base_version))
+
+
+def _check_file(spec: WriteSpec, file: WrittenFile) -> None:
+    """Refuse a file that its writer made for another target: the engine would read other columns than it has.
+
+    Raises:
+        SchemaMismatchError: the file does not have the columns of the table, or of the committer's schema.
+        InvalidArgumentError: the mode of the writer was another one, or the table has changed since.
+    """
+    base = spec.target.base if spec.target.mode == "append" else None
+    schema = file.arrow_schema
+    if spec.schema is not None:
+        fitting = schema if base is not None else unify([spec.schema, schema])
+        if not fitting.equals(spec.schema):
+            differing = [item for item in schema if item not in list(spec.schema)]
+            raise SchemaMismatchError(
+                f"the writer's files do not have the schema of the committer: {[str(item) for item in differing]}"
+                f" instead of {[str(item) for item in spec.schema]}",
+                columns=[item.name for item in differing],
+                expected=str(spec.schema),
+                actual=str(schema),
+            )
+    if file.fragment is None:
+        return
+    numbered = LanceSchema.from_pyarrow(written_schema(spec, file)) if base is None else base.open().lance_schema
+    found = [item for part in file.metadata().files for item in part.fields]
+    if found != [item for item in field_ids(numbered).values() if item in set(found)]:
+        raise InvalidArgumentError(
+            "mode", spec.target.mode, "the files were written for another mode, or for another version of the table"
+        )
 
 
 def _from_rows(rows: pa.Table) -> list[WrittenFile]:

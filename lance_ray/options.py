@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ def pairs(options: Mapping[str, Any] | None, parameter: str) -> Pairs | None:
         return None
     if not isinstance(options, Mapping):
         raise InvalidArgumentError(parameter, type(options).__name__, "must be a mapping of strings")
-    bad = [key for key in options if not isinstance(key, str)]
+    bad = sorted({type(key).__name__ for key in options if not isinstance(key, str)})
     if bad:
         raise InvalidArgumentError(parameter, bad, "keys must be strings")
     return tuple(sorted((key, str(value)) for key, value in options.items() if value is not None)) or None
@@ -119,6 +119,8 @@ class ScanOptions:
     ) -> ScanOptions:
         """One value from flat keywords, ``scanner_options`` and ``default_scan_options``, in that precedence."""
         for parameter, options in (("scanner_options", scanner_options), ("default_scan_options", defaults)):
+            if options is not None and not isinstance(options, Mapping):
+                raise InvalidArgumentError(parameter, options, "must be a mapping of scanner options")
             unknown = set(options or ()) - _SCANNER_KEYS
             if unknown:
                 raise InvalidArgumentError(parameter, sorted(unknown), f"known keys are {sorted(_SCANNER_KEYS)}")
@@ -219,6 +221,8 @@ def _fold_columns(columns: Any) -> tuple[str, ...]:
 def _fold_fragment_ids(fragment_ids: Any) -> tuple[int, ...] | None:
     if fragment_ids is None:
         return None
+    if not isinstance(fragment_ids, Iterable) or isinstance(fragment_ids, (str, bytes)):
+        raise InvalidArgumentError("fragment_ids", fragment_ids, "must be a list of fragment ids")
     values = tuple(fragment_ids)
     for value in values:
         check_positive("fragment_ids", value, optional=False, zero=True)

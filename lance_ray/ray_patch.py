@@ -12,6 +12,7 @@ from ray.data import Dataset
 
 from lance_ray.datasink import WriteReport, write_lance
 from lance_ray.datasource import read_lance
+from lance_ray.errors import InvalidArgumentError
 
 SWITCH = "LANCE_RAY_PATCH_RAY_DATA"
 """Environment variable: ``0`` leaves ``ray.data`` alone."""
@@ -52,8 +53,10 @@ def _read_lance(*args: Any, **kwargs: Any) -> Dataset:
 
 @functools.wraps(write_lance, assigned=("__doc__",))
 def _write_lance(self: Dataset, path: Any = None, **kwargs: Any) -> WriteReport:
-    """See :func:`lance_ray.write_lance`. As in Ray, the address is ``path``, and ignored where a namespace is given."""
+    # As in Ray, the address is ``path``, and ignored where a namespace is given.
     uri = kwargs.pop("uri", path)
+    if path is not None and uri is not path:
+        raise InvalidArgumentError("uri", uri, f"cannot be combined with path={path!r}")
     if kwargs.get("namespace_impl") is not None:
         uri = None
     return write_lance(self, uri, **kwargs)

@@ -54,6 +54,8 @@ class TableRef:
     storage_options: Pairs | None = field(default=None, repr=False)
     base_store_params: BaseParams = field(default=(), repr=False)
     open_options: OpenOptions = field(default_factory=OpenOptions)
+    opened: str = ""
+    """Of an opened dataset: which table its version is of; see :func:`_identity`."""
 
     @classmethod
     def fold(
@@ -82,9 +84,10 @@ class TableRef:
         """
         version, asof, branch = fold_version(version, asof, branch)
         storage_options = pairs(address.get("storage_options"), "storage_options")
+        opened = ""
         if isinstance(uri, lance.LanceDataset):
             if version is None and asof is None and branch is None:
-                version = uri.version
+                version, opened = uri.version, _identity(uri)
             storage_options = storage_options or pairs(uri.latest_storage_options(), "storage_options")
             uri = uri.uri
         namespace, table_id = _fold_namespace(uri, address)
@@ -98,6 +101,7 @@ class TableRef:
             storage_options=storage_options,
             base_store_params=nested_pairs(address.get("base_store_params"), "base_store_params"),
             open_options=open_options or OpenOptions(),
+            opened=opened,
         )
 
     @property
@@ -141,11 +145,28 @@ class TableRef:
         latest = PinnedTable(self, location.uri, 0, location.storage_options, location.managed_versioning)
         if self.branch is not None:
             latest = dataclasses.replace(latest, uri=self._branch_uri(latest))
-        dataset = self._open(latest)
+        latest, dataset = self._opened_branch(latest) if self.opened else (latest, self._open(latest))
         version = dataset.version if self.asof is None else _version_asof(dataset, self.asof, self.target)
-        pinned = dataclasses.replace(latest, version=version)
-        _OPENED.put(pinned.key, dataset if dataset.version == version else pinned.open_at(version))
+        if dataset.version != version:
+            dataset = latest.open_at(version)
+        pinned = dataclasses.replace(latest, version=version, stamp=_stamp(dataset))
+        _OPENED.put(pinned.key, dataset)
         return pinned
+
+    def _opened_branch(self, main: PinnedTable) -> tuple[PinnedTable, lance.LanceDataset]:
+        """Where the version of an opened dataset lies: its address is the table's even when it shows a branch."""
+        places = [main]
+        places += [
+            dataclasses.replace(main, uri=_branch_path(main.uri, name)) for name in main.open_at(None).branches.list()
+        ]
+        for place in places:
+            try:
+                dataset = place.open_at(self.version)
+            except VersionNotFoundError:
+                continue
+            if _identity(dataset) == self.opened:
+                return place, dataset
+        raise VersionNotFoundError(self.target, self.version, "the opened dataset is of another table or branch")
 
     def _open(self, latest: PinnedTable) -> lance.LanceDataset:
         try:
@@ -160,8 +181,7 @@ class TableRef:
             return main.uri
         if self.branch not in dataset.branches.list():
             raise VersionNotFoundError(self.target, self.branch, "no such branch")
-        # The layout of branches is part of the table format: https://lance.org/format/table/branch_tag
-        return f"{main.uri.rstrip('/')}/tree/{self.branch}"
+        return _branch_path(main.uri, self.branch)
 
 
 def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | None, tuple[str, ...]]:
@@ -208,6 +228,8 @@ class PinnedTable:
     version: int
     storage_options: Pairs | None = field(default=None, repr=False)
     managed_versioning: bool = False
+    stamp: str = ""
+    """Tells a table from one dropped before it at the same address, whose versions had the same numbers."""
 
     @property
     def key(self) -> str:
@@ -221,6 +243,7 @@ class PinnedTable:
             (
                 self.uri,
                 self.version,
+                self.stamp,
                 self.ref.namespace,
                 self.ref.table_id,
                 digest,
@@ -311,7 +334,9 @@ class WriteTarget:
             TableNotFoundError: mode ``append`` and there is none.
             StorageError: the store could not be reached, or refused.
         """
-        ref = dataclasses.replace(ref, version=None)  # an opened dataset may show an old one
+        if ref.opened:  # may show an old version, and its branch is found by it
+            ref = dataclasses.replace(ref, uri=ref.pin().uri)
+        ref = dataclasses.replace(ref, version=None, opened="")
         try:
             location = ref.locate()
         except TableNotFoundError:
@@ -340,6 +365,23 @@ class WriteTarget:
     def schema(self) -> pa.Schema | None:
         """The schema of the existing table, or None when there is none."""
         return None if self.base is None else self.base.open().schema
+
+
+def _branch_path(uri: str, branch: str) -> str:
+    # The layout of branches is part of the table format: https://lance.org/format/table/branch_tag
+    return f"{uri.rstrip('/')}/tree/{branch}"
+
+
+def _identity(dataset: lance.LanceDataset) -> str:
+    """Tells a version from one of the same number in another branch, or in a table made anew at the same address."""
+    return f"{dict(dataset.get_version())['timestamp']} {_stamp(dataset)}"
+
+
+def _stamp(dataset: lance.LanceDataset) -> str:
+    """The name of the first data file, which no two tables share; an empty table has none, and no rows to confuse."""
+    first = next(iter(dataset.fragment_ids()), None)
+    fragment = None if first is None else dataset.get_fragment(first)
+    return str(fragment.metadata.files[0].path) if fragment is not None else ""
 
 
 def _version_asof(dataset: lance.LanceDataset, asof: dt.datetime, target: str) -> int:
