@@ -421,7 +421,6 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
     if target.mode == "ignore" and target.base is not None:
         return _report(job, target.base, (), None, started, skipped=True)
     check_target(target, job.options)
-    check_cluster([target.table], existing=False)
     if named and streaming is not None and mode == "append" and target.base is not None:
         streaming = _resumed(streaming, job, target.base)
     ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
@@ -433,6 +432,7 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
     options = dataclasses.replace(job.commit, job_id=ledger.job_id)
     try:
         with ledger.running(f"write ({mode})", exclusive=named):
+            _check_workers(ledger)
             if streaming is not None:
                 files, receipts = _run_streaming(spec, ds, streaming, options)
             else:
@@ -447,6 +447,14 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
         logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
     skipped = not receipts and streaming is not None and streaming.bundle > 0
     return _report(job, target.table, files, receipts, started, skipped=skipped)
+
+
+def _check_workers(ledger: JobRef) -> None:
+    try:
+        check_cluster([ledger.table], witness=ledger.witness)
+    except BaseException:  # whatever it is, also an interrupt: it goes on
+        ledger.discard()
+        raise
 
 
 def _earlier_run(job: _WriteJob) -> PinnedTable | None:

@@ -86,6 +86,11 @@ class OpenOptions:
         if self.default_scan_options is not None:
             object.__setattr__(self, "default_scan_options", dict(self.default_scan_options))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the lock: only the driver commits, and what locks seldom pickles.
+        sizes = (self.block_size, self.index_cache_size_bytes, self.metadata_cache_size_bytes)
+        return OpenOptions, (*sizes, self.default_scan_options)
+
 
 _FOLDED_KEYS = frozenset({"columns", "filter", "limit", "offset", "with_row_id", "with_row_address", "fragments"})
 _SCANNER_KEYS = _FOLDED_KEYS | set(inspect.signature(lance.LanceDataset.scanner).parameters) - {"self"}

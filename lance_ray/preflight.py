@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lance
@@ -22,15 +21,16 @@ _FRESH_SECONDS = 300.0
 _checked: dict[tuple[str, tuple[str, ...]], float] = {}
 
 
-def check_cluster(tables: Sequence[PinnedTable], *, existing: bool = True) -> None:
-    """Ask each other node once whether it has this package, the same pylance, and sees the local paths.
+def check_cluster(tables: Sequence[PinnedTable], *, witness: str = "") -> None:
+    """Ask each other node once whether it has this package, the same pylance, and sees the local tables.
 
     A cluster of one node needs no answer; answers are kept for five minutes. A node that is too busy to answer within
     a minute is passed over with a log line, since its tasks may well run later.
 
     Args:
         tables: the tables of the operation.
-        existing: whether the paths must exist; for a table to be created only the nearest existing parent is looked at.
+        witness: a file below the tables that this process has just made. A node that has another file system at the
+            same path does not see it, which a path alone would not tell.
 
     Raises:
         WorkerEnvironmentError: with a line for each node that cannot do the work.
@@ -39,7 +39,7 @@ def check_cluster(tables: Sequence[PinnedTable], *, existing: bool = True) -> No
         return
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and node["Resources"].get("CPU")]
-    paths = tuple(sorted({_visible(table.uri, existing=existing) for table in tables if is_local(table.uri)}))
+    paths = tuple(sorted({table.uri for table in tables if is_local(table.uri)}))
     now = time.monotonic()
     pending = [node for node in nodes if now - _checked.get((node["NodeID"], paths), -_FRESH_SECONDS) >= _FRESH_SECONDS]
     if not pending:
@@ -49,7 +49,7 @@ def check_cluster(tables: Sequence[PinnedTable], *, existing: bool = True) -> No
         probe.options(
             name="lance_ray.preflight",
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(lance.__version__, paths): node
+        ).remote(lance.__version__, paths, witness): node
         for node in pending
     }
     done, late = ray.wait(list(refs), num_returns=len(refs), timeout=PROBE_SECONDS)
@@ -62,13 +62,6 @@ def check_cluster(tables: Sequence[PinnedTable], *, existing: bool = True) -> No
     _checked.update({(refs[ref]["NodeID"], paths): now for ref in done})
 
 
-def _visible(uri: str, *, existing: bool) -> str:
-    path = Path(uri)
-    while not existing and not path.exists() and path != path.parent:
-        path = path.parent
-    return str(path)
-
-
 def _answer(ref: Any) -> list[str]:
     try:
         return [str(problem) for problem in ray.get(ref, timeout=PROBE_SECONDS)]
@@ -76,11 +69,12 @@ def _answer(ref: Any) -> list[str]:
         return [f"the probe failed: {type(error).__name__}: {str(error).splitlines()[-1]}"]
 
 
-def _make_probe() -> Callable[[str, tuple[str, ...]], list[str]]:
+def _make_probe() -> Callable[[str, tuple[str, ...], str], list[str]]:
     # A function defined in here travels by value, so that it runs where this package is missing.
-    def probe(version: str, paths: tuple[str, ...]) -> list[str]:
+    def probe(version: str, paths: tuple[str, ...], witness: str) -> list[str]:
         import importlib
         import os
+        import time
 
         problems = []
         for module in ("lance", "lance_ray"):
@@ -92,6 +86,11 @@ def _make_probe() -> Callable[[str, tuple[str, ...]], list[str]]:
                 continue
             if module == "lance" and found.__version__ != version:
                 problems.append(f"pylance {found.__version__} is installed, the driver has {version}")
-        return problems + [f"does not see {path}" for path in paths if not os.path.exists(path)]
+        deadline = time.monotonic() + 2.0  # a network file system may be late to show a new file
+        missing = [path for path in paths if not os.path.exists(os.path.join(path, witness))]
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.2)
+            missing = [path for path in missing if not os.path.exists(os.path.join(path, witness))]
+        return problems + [f"does not see {path}" for path in missing]
 
     return probe

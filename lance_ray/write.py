@@ -34,6 +34,9 @@ SMALL_BYTES = 1024**2
 JOINED_BYTES = 64 * 1024**2
 """No more is joined than this."""
 
+PART_BYTES = 16 * 1024**2
+"""How much the engine gets at a time: it holds two copies of a batch while it encodes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class WriteSpec:
@@ -147,7 +150,8 @@ def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
     """Write one file, replaying it on transient errors, and note it in the ledger before returning."""
     schema = spec.schema or unify([chunk.schema for chunk in chunks])
     typed = schema if spec.schema is not None else _without_nulls(schema)
-    aligned = [align(chunk.select(_present(chunk, typed, spec)), typed) for chunk in chunks]
+    parts = [part for chunk in chunks for part in _parts(chunk.select(_present(chunk, typed, spec)))]
+    aligned = [align(part, typed) for part in parts]
     rows, size = sum(chunk.num_rows for chunk in chunks), sum(chunk.nbytes for chunk in aligned)
     serialized = schema.serialize().to_pybytes()
     if len(typed) == 0:
@@ -157,6 +161,11 @@ def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
     if spec.job is not None:
         spec.job.record(paths_of(spec, [fragment]))
     return WrittenFile(rows, size, serialized, json.dumps(fragment.to_json()))
+
+
+def _parts(table: pa.Table) -> Iterator[pa.Table]:
+    step = max(1, table.num_rows * PART_BYTES // max(table.nbytes, PART_BYTES))
+    return (table.slice(start, step) for start in range(0, table.num_rows, step))
 
 
 def rewrite_file(spec: WriteSpec, file: WrittenFile) -> WrittenFile:
