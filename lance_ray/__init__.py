@@ -29,6 +29,7 @@ version) and *commit* (one module), and each question has one file:
 ``datasink``          ``write_lance`` and Ray's Datasink
 ``fragment``          writers and committers made by hand
 ``cleanup``           ``cleanup_orphans``
+``compaction``        ``compact_files``
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
 ====================  ==================================================================================
 
@@ -37,6 +38,12 @@ Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connect
 """
 
 from lance_ray.cleanup import cleanup_orphans
+from lance_ray.compaction import (
+    CompactionFailure,
+    CompactionPreview,
+    CompactionReport,
+    compact_files,
+)
 from lance_ray.datasink import WriteReport, write_lance
 from lance_ray.datasource import read_lance
 from lance_ray.errors import (
@@ -65,6 +72,9 @@ __all__ = [
     "CleanupReport",
     "CommitConflictError",
     "CommitOutcomeUnknownError",
+    "CompactionFailure",
+    "CompactionPreview",
+    "CompactionReport",
     "InvalidArgumentError",
     "LanceFragmentCommitter",
     "LanceFragmentWriter",
@@ -81,6 +91,7 @@ __all__ = [
     "WorkerEnvironmentError",
     "WriteReport",
     "cleanup_orphans",
+    "compact_files",
     "patch_ray_data",
     "read_lance",
     "restore_ray_data",
