@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 import uuid
 import warnings
@@ -26,7 +27,7 @@ from lance_ray.errors import (
     WorkerEnvironmentError,
     translate_errors,
 )
-from lance_ray.executors import RayExecutor
+from lance_ray.executors import RayExecutor, checked_ray_args
 from lance_ray.ledger import JobRef, WrittenPath, cleanup_jobs
 from lance_ray.options import CommitOptions, check_positive, fold_dataset_options
 from lance_ray.planning.compaction import DEFAULT_TARGET_ROWS, Budget, CommitCadence, Rewrite, RewriteTask, Rewritten
@@ -152,7 +153,7 @@ class CompactionPreview:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class CompactionJob:
     """A compaction, folded from the public keywords and checked."""
 
     ref: TableRef
@@ -166,6 +167,8 @@ class _Job:
     progress: bool | Reporter | None = None
     max_replans: int = _MAX_REPLANS
     commit: CommitOptions = field(default_factory=CommitOptions)
+    stop: threading.Event | None = None
+    """Set by another thread to end the run as if its time were up."""
 
 
 def compact_files(
@@ -247,37 +250,91 @@ def compact_files(
     Whatever ends the run, only what was not committed is lost, its files are removed (those of a killed driver by the
     next run, or by :func:`lance_ray.cleanup_orphans`), and the next run goes on from there.
     """
-    check_positive("index_cache_size", index_cache_size, zero=True)
-    version, asof, opened = fold_dataset_options(
-        {"index_cache_size": index_cache_size},
-        version=version,
-        asof=asof,
-        block_size=block_size,
-        commit_lock=commit_lock,
-        metadata_cache_size_bytes=metadata_cache_size_bytes,
-        index_cache_size_bytes=None,
-    )
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
-    ref = TableRef.fold(uri, address, version=version, asof=asof, open_options=opened)
-    workers, remote_args = _fold_workers(num_workers, num_partitions, concurrency, ray_remote_args)
-    job = _Job(
-        ref,
+    job = fold_job(
+        fold_ref(
+            uri,
+            {
+                "table_id": table_id,
+                "namespace_impl": namespace_impl,
+                "namespace_properties": namespace_properties,
+                "storage_options": storage_options,
+                "base_store_params": base_store_params,
+            },
+            version=version,
+            asof=asof,
+            block_size=block_size,
+            commit_lock=commit_lock,
+            index_cache_size=index_cache_size,
+            metadata_cache_size_bytes=metadata_cache_size_bytes,
+        ),
         fold_engine_options(compaction_options, default_scan_options),
-        _fold_micro(micro_commit_batch_size),
-        _fold_budget(max_seconds, max_bytes, max_tasks),
-        workers,
-        remote_args,
-        _fold_on_failure(on_failure),
-        progress,
-        _fold_replans(max_replans),
+        Budget(max_seconds, max_bytes, max_tasks),
+        Workers(num_workers, num_partitions, concurrency, ray_remote_args),
+        micro_commit_batch_size=micro_commit_batch_size,
+        on_failure=on_failure,
+        max_replans=max_replans,
+        progress=progress,
     )
     return preview(job) if dry_run else compact(job)
+
+
+def fold_ref(uri: Any, address: dict[str, Any], **opening: Any) -> TableRef:
+    """The table, and how it is opened."""
+    check_positive("index_cache_size", opening.get("index_cache_size"), zero=True)
+    entries = {"index_cache_size": opening.pop("index_cache_size", None)}
+    version, asof, opened = fold_dataset_options(entries, index_cache_size_bytes=None, **opening)
+    return TableRef.fold(uri, address, version=version, asof=asof, open_options=opened)
+
+
+def fold_job(
+    ref: TableRef,
+    engine: Mapping[str, Any],
+    budget: Budget,
+    workers: Workers,
+    *,
+    micro_commit_batch_size: int | None,
+    on_failure: Any,
+    max_replans: int,
+    progress: bool | Reporter | None,
+) -> CompactionJob:
+    """The job, checked as far as no table is needed."""
+    if budget.max_seconds is not None and not budget.max_seconds > 0:
+        raise InvalidArgumentError("max_seconds", budget.max_seconds, "must be more than 0 seconds")
+    check_positive("max_bytes", budget.max_bytes)
+    check_positive("max_tasks", budget.max_tasks)
+    check_positive("max_replans", max_replans, optional=False, zero=True)
+    micro = micro_commit_batch_size
+    if micro is not None and micro > 0:
+        check_positive("micro_commit_batch_size", micro)
+    if on_failure not in ("raise", "report"):
+        raise InvalidArgumentError("on_failure", on_failure, "must be 'raise' or 'report'")
+    at_once, remote_args = workers.fold()
+    return CompactionJob(ref, engine, micro, budget, at_once, remote_args, on_failure, progress, max_replans)
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How many tasks run at once, as the caller said it."""
+
+    num_workers: int | None = None
+    num_partitions: int | None = None
+    concurrency: int | None = None
+    ray_remote_args: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def fold(self) -> tuple[int | None, dict[str, Any]]:
+        """Tasks at once at most (None for what the cluster runs), and what Ray is told about each."""
+        check_positive("num_workers", self.num_workers)
+        check_positive("concurrency", self.concurrency)
+        partitions = None if self.num_partitions is not None and self.num_partitions <= 1 else self.num_partitions
+        check_positive("num_partitions", partitions)
+        if self.num_workers is not None and partitions is not None and self.num_workers != partitions:
+            raise InvalidArgumentError("num_partitions", partitions, f"contradicts num_workers={self.num_workers}")
+        workers = self.num_workers or partitions
+        remote_args = dict(self.ray_remote_args or {})
+        if self.concurrency is not None:
+            remote_args.setdefault("num_cpus", 1 / self.concurrency)
+        checked_ray_args(remote_args)
+        return None if workers is None else workers * (self.concurrency or 1), remote_args
 
 
 def fold_engine_options(
@@ -302,52 +359,8 @@ def fold_engine_options(
     return {"num_threads": 1, **scan, **given}
 
 
-def _fold_workers(
-    num_workers: int | None, num_partitions: int | None, concurrency: int | None, args: Mapping[str, Any] | None
-) -> tuple[int | None, dict[str, Any]]:
-    check_positive("num_workers", num_workers)
-    check_positive("concurrency", concurrency)
-    if num_partitions is not None:
-        check_positive("num_partitions", max(1, num_partitions))
-        num_partitions = num_partitions if num_partitions > 1 else None
-    if None not in (num_workers, num_partitions) and num_workers != num_partitions:
-        raise InvalidArgumentError("num_partitions", num_partitions, f"contradicts num_workers={num_workers}")
-    workers = num_workers or num_partitions
-    remote_args = dict(args or {})
-    if concurrency is not None:
-        remote_args.setdefault("num_cpus", 1 / concurrency)
-    RunOptions(ray_remote_args=remote_args)  # refused here, not after the plan
-    return None if workers is None else workers * (concurrency or 1), remote_args
-
-
-def _fold_micro(size: Any) -> int | None:
-    if size is not None and size > 0:
-        check_positive("micro_commit_batch_size", size)
-        return int(size)
-    return None
-
-
-def _fold_budget(max_seconds: Any, max_bytes: Any, max_tasks: Any) -> Budget:
-    if max_seconds is not None and not max_seconds > 0:
-        raise InvalidArgumentError("max_seconds", max_seconds, "must be more than 0 seconds")
-    check_positive("max_bytes", max_bytes)
-    check_positive("max_tasks", max_tasks)
-    return Budget(max_seconds, max_bytes, max_tasks)
-
-
-def _fold_on_failure(on_failure: Any) -> OnFailure:
-    if on_failure not in ("raise", "report"):
-        raise InvalidArgumentError("on_failure", on_failure, "must be 'raise' or 'report'")
-    return cast("OnFailure", on_failure)
-
-
-def _fold_replans(count: int) -> int:
-    check_positive("max_replans", count, optional=False, zero=True)
-    return count
-
-
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class CompactionPlan:
     """The engine's plan on one version."""
 
     table: PinnedTable
@@ -356,7 +369,8 @@ class _Plan:
     indices: frozenset[str]
 
 
-def _plan(table: PinnedTable, engine: Mapping[str, Any]) -> _Plan:
+def plan_table(table: PinnedTable, engine: Mapping[str, Any]) -> CompactionPlan:
+    """The engine's plan on that version; of a version that was asked for, only fragments that are the same today."""
     dataset = table.open()
     _refuse_deferred_remap(dataset, engine)
     with translate_errors("plan the compaction of", table.uri, secrets=table.secrets):
@@ -368,12 +382,17 @@ def _plan(table: PinnedTable, engine: Mapping[str, Any]) -> _Plan:
             if "LanceError" in str(error):
                 raise
             raise InvalidArgumentError("compaction_options", dict(engine), str(error)) from error
-        stored = dataset.config().get(_TARGET_KEY) or DEFAULT_TARGET_ROWS
-        target = int(engine.get("target_rows_per_fragment", stored))
+        target = target_rows(dataset, engine)
         tasks = tuple(_task(task, target) for task in plan.tasks)
         if table.ref.version is not None or table.ref.asof is not None:
             tasks = _standing(table, tasks)
-        return _Plan(table, tasks, len(dataset.get_fragments()), commit.index_names(dataset))
+        return CompactionPlan(table, tasks, len(dataset.get_fragments()), commit.index_names(dataset))
+
+
+def target_rows(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> int:
+    """Rows that a fragment shall have: by the options, the table's configuration, or the engine's default."""
+    stored = dataset.config().get(_TARGET_KEY) or DEFAULT_TARGET_ROWS
+    return int(engine.get("target_rows_per_fragment", stored))
 
 
 def _standing(table: PinnedTable, tasks: Sequence[RewriteTask]) -> tuple[RewriteTask, ...]:
@@ -397,9 +416,13 @@ def _task(task: CompactionTask, target: int) -> RewriteTask:
     return RewriteTask(text, {fragment.id: fragment for fragment in fragments}, rows, size, target)
 
 
-def preview(job: _Job) -> CompactionPreview | None:
+def preview(job: CompactionJob) -> CompactionPreview | None:
     """The plan, or None when there is nothing to do."""
-    plan = _plan(job.ref.pin(), job.engine)
+    return preview_of(job, plan_table(job.ref.pin(), job.engine))
+
+
+def preview_of(job: CompactionJob, plan: CompactionPlan) -> CompactionPreview | None:
+    """What of the plan fits the budget, or None when there is nothing to do."""
     if not plan.tasks:
         return None
     chosen = job.budget.select(plan.tasks)
@@ -444,12 +467,12 @@ def _paths(dataset: lance.LanceDataset, fragments: Sequence[FragmentMetadata]) -
     ]
 
 
-def compact(job: _Job) -> CompactionReport | None:
+def compact(job: CompactionJob) -> CompactionReport | None:
     """Plan, run and commit; None when there is nothing to do."""
     started = time.monotonic()
     table = job.ref.pin()
     _remove_leftovers(table, job.ref.target)
-    plan = _plan(table, job.engine)
+    plan = plan_table(table, job.engine)
     if not plan.tasks:
         return None
     check_cluster([table])
@@ -477,7 +500,7 @@ def _remove_leftovers(table: PinnedTable, target: str) -> None:
 class _Run:
     """One compaction on its way: rounds of tasks, each planned on the newest version of its time."""
 
-    def __init__(self, job: _Job, ledger: JobRef, started: float) -> None:
+    def __init__(self, job: CompactionJob, ledger: JobRef, started: float) -> None:
         self._job = job
         self._ledger = ledger
         self._started = started
@@ -486,7 +509,7 @@ class _Run:
         self._overtaken: list[RewriteTask] = []
         self._unsettled = False
 
-    def through(self, plan: _Plan) -> None:
+    def through(self, plan: CompactionPlan) -> None:
         """Run the plan, and plan again what concurrent changes overtook.
 
         Raises:
@@ -502,7 +525,9 @@ class _Run:
                 self._add(skipped=len(self._overtaken))
                 self._overtaken = []
                 break
-            plan = _plan(dataclasses.replace(plan.table, version=plan.table.open_latest().version), self._job.engine)
+            plan = plan_table(
+                dataclasses.replace(plan.table, version=plan.table.open_latest().version), self._job.engine
+            )
             self._add(replanned=len(self._overtaken))
             lost = {item for task in self._overtaken for item in task.fragments}
             chosen = tuple(task for task in plan.tasks if lost.intersection(task.fragments))
@@ -516,7 +541,7 @@ class _Run:
                 completed=self._report.done,
             )
 
-    def _round(self, plan: _Plan, tasks: Sequence[RewriteTask]) -> None:
+    def _round(self, plan: CompactionPlan, tasks: Sequence[RewriteTask]) -> None:
         if not tasks:
             return
         job = self._job
@@ -540,7 +565,7 @@ class _Run:
 
     def _drive(
         self,
-        plan: _Plan,
+        plan: CompactionPlan,
         tasks: Sequence[RewriteTask],
         outcomes: Iterable[TaskOutcome[str, Rewritten]],
         cadence: CommitCadence[Rewrite],
@@ -560,11 +585,12 @@ class _Run:
             return ()
         return cadence.offer(Rewrite(task, outcome.unwrap()))
 
-    def _commit(self, plan: _Plan, batch: tuple[Rewrite, ...]) -> None:
+    def _commit(self, plan: CompactionPlan, batch: tuple[Rewrite, ...]) -> None:
         if not batch:
             return
         if not self._ledger.is_open():
             raise LanceRayError(f"job {self._ledger.job_id} was ended by a clean-up before it could commit")
+        batch = tuple(sorted(batch, key=lambda item: item.task.fragments))  # new fragments are numbered in this order
         options = dataclasses.replace(self._job.commit, job_id=self._ledger.job_id)
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
         try:
@@ -604,6 +630,8 @@ class _Run:
         self._report = dataclasses.replace(self._report, **sums)
 
     def _out_of_time(self) -> bool:
+        if self._job.stop is not None and self._job.stop.is_set():
+            return True
         limit = self._budget.max_seconds
         return limit is not None and time.monotonic() - self._started >= limit
 
