@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -258,3 +260,21 @@ def test_without_matplotlib_drawing_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UnsupportedVersionError, match=r"lance-ray\[plot\]"):
         TableHealth("t", 1, 1, 100, ()).plot()
+
+
+def test_an_interrupt_ends_every_table_and_leaves_each_whole(root: Path, monkeypatch: pytest.MonkeyPatch):
+    original, calls = compaction.rewrite, iter(range(10))
+
+    def rewrite(spec: compaction.RewriteSpec, task: str) -> Rewritten:
+        if next(calls) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return original(spec, task)
+
+    monkeypatch.setattr(compaction, "rewrite", rewrite)
+    with pytest.raises(KeyboardInterrupt):
+        database(root, tables_at_once=1)
+    for name in ("a", "b"):
+        assert sorted(ids_of(root / f"{name}.lance")) == list(range(200))
+        assert not (root / f"{name}.lance" / "_lance_ray").exists()
+    assert versions(root / "b.lance") == [1]
