@@ -17,6 +17,7 @@ from lance.fragment import FragmentMetadata
 from lance.optimize import Compaction, CompactionOptions, CompactionTask
 
 from lance_ray import commit
+from lance_ray.catalog import TableLocation
 from lance_ray.errors import (
     CommitConflictError,
     CommitOutcomeUnknownError,
@@ -389,6 +390,12 @@ def plan_table(table: PinnedTable, engine: Mapping[str, Any]) -> CompactionPlan:
         return CompactionPlan(table, tasks, len(dataset.get_fragments()), commit.index_names(dataset))
 
 
+def newest(table: PinnedTable) -> PinnedTable:
+    """The same table at its newest version, whatever version was asked for."""
+    ref = dataclasses.replace(table.ref, version=None, asof=None, opened="", branch=None)
+    return ref.at(TableLocation(table.uri, table.storage_options, table.managed_versioning))
+
+
 def target_rows(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> int:
     """Rows that a fragment shall have: by the options, the table's configuration, or the engine's default."""
     stored = dataset.config().get(_TARGET_KEY) or DEFAULT_TARGET_ROWS
@@ -525,9 +532,7 @@ class _Run:
                 self._add(skipped=len(self._overtaken))
                 self._overtaken = []
                 break
-            plan = plan_table(
-                dataclasses.replace(plan.table, version=plan.table.open_latest().version), self._job.engine
-            )
+            plan = plan_table(newest(plan.table), self._job.engine)
             self._add(replanned=len(self._overtaken))
             lost = {item for task in self._overtaken for item in task.fragments}
             chosen = tuple(task for task in plan.tasks if lost.intersection(task.fragments))

@@ -24,6 +24,7 @@ from lance_ray.compaction import (
     compact,
     fold_engine_options,
     fold_job,
+    newest,
     preview,
 )
 from lance_ray.errors import (
@@ -118,8 +119,8 @@ def cleanup_old_versions(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
-    ref = dataclasses.replace(TableRef.fold(uri, address), version=None)
-    table = ref.pin()
+    ref = TableRef.fold(uri, address)
+    table = newest(ref.pin())  # an opened dataset may show an old version
     if delete_unverified:
         _refuse_beside_jobs(table, ref.target)
     choice: dict[str, Any] = {
