@@ -13,10 +13,10 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import planning, reading, writing
+from benchmarks import compaction, planning, reading, writing
 from benchmarks.harness import Result, environment, measure, table
 
-AREAS = {"reading": reading.cases, "writing": writing.cases}
+AREAS = {"reading": reading.cases, "writing": writing.cases, "compaction": compaction.cases}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:

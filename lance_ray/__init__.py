@@ -29,6 +29,9 @@ version) and *commit* (one module), and each question has one file:
 ``datasink``          ``write_lance`` and Ray's Datasink
 ``fragment``          writers and committers made by hand
 ``cleanup``           ``cleanup_orphans``
+``compaction``        ``compact_files`` and its worker side
+``maintenance``       ``compact_database``, ``cleanup_old_versions``
+``health``            ``table_health``
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
 ====================  ==================================================================================
 
@@ -37,6 +40,13 @@ Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connect
 """
 
 from lance_ray.cleanup import cleanup_orphans
+from lance_ray.compaction import (
+    CompactionFailure,
+    CompactionPreview,
+    CompactionReport,
+    PlannedRewrite,
+    compact_files,
+)
 from lance_ray.datasink import WriteReport, write_lance
 from lance_ray.datasource import read_lance
 from lance_ray.errors import (
@@ -56,7 +66,14 @@ from lance_ray.errors import (
     WorkerEnvironmentError,
 )
 from lance_ray.fragment import LanceFragmentCommitter, LanceFragmentWriter
+from lance_ray.health import FragmentHealth, IndexHealth, TableHealth, table_health
 from lance_ray.ledger import CleanupReport
+from lance_ray.maintenance import (
+    TableCompaction,
+    VersionCleanupReport,
+    cleanup_old_versions,
+    compact_database,
+)
 from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, restore_ray_data
 
 __version__ = "0.1.0"
@@ -65,25 +82,38 @@ __all__ = [
     "CleanupReport",
     "CommitConflictError",
     "CommitOutcomeUnknownError",
+    "CompactionFailure",
+    "CompactionPreview",
+    "CompactionReport",
+    "FragmentHealth",
+    "IndexHealth",
     "InvalidArgumentError",
     "LanceFragmentCommitter",
     "LanceFragmentWriter",
     "LanceRayError",
     "OperationFailedError",
+    "PlannedRewrite",
     "SchemaMismatchError",
     "SnapshotChangedError",
     "StorageError",
+    "TableCompaction",
     "TableExistsError",
+    "TableHealth",
     "TableNotFoundError",
     "TaskFailedError",
     "UnsupportedVersionError",
+    "VersionCleanupReport",
     "VersionNotFoundError",
     "WorkerEnvironmentError",
     "WriteReport",
+    "cleanup_old_versions",
     "cleanup_orphans",
+    "compact_database",
+    "compact_files",
     "patch_ray_data",
     "read_lance",
     "restore_ray_data",
+    "table_health",
     "write_lance",
 ]
 

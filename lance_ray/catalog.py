@@ -87,6 +87,23 @@ def declare(ref: NamespaceRef, table_id: tuple[str, ...]) -> TableLocation:
     return _location(_call(ref, table_id, "declare_table", request))
 
 
+def list_tables(ref: NamespaceRef, database: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The ids of all tables directly in a namespace, in the order that it names them.
+
+    Raises:
+        StorageError: it did not answer, or refused, or there is no such namespace.
+    """
+    found: list[tuple[str, ...]] = []
+    token = None
+    while True:
+        request = lance_namespace.ListTablesRequest(id=list(database), page_token=token, include_declared=False)
+        response = _call(ref, database, "list_tables", request)
+        found += [(*database, str(name)) for name in response.tables]
+        token = response.page_token
+        if not token:
+            return found
+
+
 def merge_options(callers: Pairs | None, vended: Pairs | None) -> Pairs | None:
     """The caller's options with the namespace's on top; None, never empty, when there are none."""
     return tuple(sorted({**dict(callers or ()), **dict(vended or ())}.items())) or None

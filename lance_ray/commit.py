@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import json
 import logging
 import random
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lance
 import pyarrow as pa
 from lance.dataset import LANCE_COMMIT_MESSAGE_KEY
 from lance.fragment import FragmentMetadata
+from lance.optimize import Compaction, CompactionOptions, RewriteResult
 
 from lance_ray.errors import (
     CommitConflictError,
@@ -41,6 +43,7 @@ from lance_ray.errors import (
     translate_errors,
 )
 from lance_ray.options import CommitOptions
+from lance_ray.planning.compaction import Rewrite
 from lance_ray.table import PinnedTable, is_local
 
 logger = logging.getLogger(__name__)
@@ -356,3 +359,129 @@ def remap_fields(fragment: FragmentMetadata, ids: dict[int, int]) -> FragmentMet
     for file in fragment.files:
         file.fields = [ids.get(item, item) for item in file.fields]
     return dataclasses.replace(fragment, files=list(fragment.files))
+
+
+# Compaction. Its commits take no id; they are found again by the names of data files that nothing else refers to.
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteReceipt:
+    """What became of some rewrites. Those overtaken are certainly not in the table, the others are."""
+
+    committed: tuple[Rewrite, ...] = ()
+    overtaken: tuple[Rewrite, ...] = ()
+    version: int = 0
+    """The version that holds those committed."""
+    recovered: bool = False
+
+
+def index_names(dataset: lance.LanceDataset) -> frozenset[str]:
+    """The names of the indexes that the user made."""
+    with translate_errors("read the indexes of", dataset.uri):
+        return frozenset(item.name for item in dataset.describe_indices()) - {_REUSE_INDEX}
+
+
+_REUSE_INDEX = "__lance_frag_reuse"
+
+
+def commit_rewrites(
+    table: PinnedTable,
+    rewrites: Sequence[Rewrite],
+    engine_options: Mapping[str, Any],
+    planned_indices: frozenset[str],
+    options: CommitOptions,
+) -> RewriteReceipt:
+    """Commit those rewrites whose fragments nobody changed meanwhile; the others come back as overtaken.
+
+    The newest version is opened for each attempt, because the engine takes from it which indexes to remap. What makes
+    that safe is that every source fragment is in it exactly as it was planned, deletions included; what comes after it
+    the engine checks. The engine's own look at everything since the plan is left on until it objects to something
+    that concerns no fragment (an index that was rebuilt); then the rewrites are committed as of the newest version.
+
+    Args:
+        table: where; ``table.version`` is the plan's version.
+        rewrites: what.
+        engine_options: the options that they were planned with.
+        planned_indices: the indexes at the plan: rows were not traced for others.
+        options: limits.
+
+    Raises:
+        CommitConflictError, StorageError: certainly not committed.
+        CommitOutcomeUnknownError: not known; keep all files.
+    """
+    deadline = time.monotonic() + options.timeout_seconds
+    rebased = False
+    for attempt in range(1, options.max_attempts + 1):
+        newest = table.open_latest()
+        standing = _standing(newest, rewrites, planned_indices, table.version)
+        overtaken = tuple(item for item in rewrites if item not in standing)
+        if not standing:
+            return RewriteReceipt((), overtaken)
+        try:
+            version = _send_rewrites(table, newest, standing, engine_options, rebased=rebased)
+            return RewriteReceipt(standing, overtaken, version)
+        except Exception as error:  # the commit was sent: whatever was raised, only the table knows its outcome
+            found = _landed_rewrites(table, standing, error, options)
+            if found is not None:
+                logger.warning("the answer of a compaction commit to %s was lost; it is version %d", table.uri, found)
+                return RewriteReceipt(standing, overtaken, found, recovered=True)
+            late = attempt == options.max_attempts or time.monotonic() > deadline
+            if not isinstance(error, CommitConflictError) or not error.retryable or late:
+                raise
+            logger.info("compaction commit to %s lost against another one: %s", table.uri, error)
+            rebased = _standing(table.open_latest(), standing, planned_indices, table.version) == standing
+            time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
+    raise CommitConflictError(f"commit {table.uri}: gave up", retryable=True)  # pragma: no cover - the loop ends above
+
+
+def _standing(
+    newest: lance.LanceDataset, rewrites: Sequence[Rewrite], planned_indices: frozenset[str], planned: int
+) -> tuple[Rewrite, ...]:
+    """The rewrites that still fit the newest version. A new index fits none: it would lose the rows they moved."""
+    if newest.version == planned:
+        return tuple(rewrites)
+    if not index_names(newest) <= planned_indices:
+        return ()
+    now = {fragment.fragment_id: fragment.metadata for fragment in newest.get_fragments()}
+    return tuple(rewrite for rewrite in rewrites if rewrite.task.stands(now))
+
+
+def _send_rewrites(
+    table: PinnedTable,
+    newest: lance.LanceDataset,
+    rewrites: Sequence[Rewrite],
+    engine_options: Mapping[str, Any],
+    *,
+    rebased: bool,
+) -> int:
+    results = [item.done.result for item in rewrites]
+    if rebased:
+        results = [json.dumps({**json.loads(item), "read_version": newest.version}) for item in results]
+    with translate_errors("commit the compaction of", table.uri, secrets=table.secrets):
+        parsed = [RewriteResult.from_json(item) for item in results]  # type: ignore[attr-defined] # not in the stub
+        Compaction.commit(newest, parsed, cast("CompactionOptions", dict(engine_options)))
+    return newest.version  # the engine moves the handle to the version that it made
+
+
+def _landed_rewrites(
+    table: PinnedTable, rewrites: Sequence[Rewrite], error: Exception, options: CommitOptions
+) -> int | None:
+    """The version that the rewrites landed in, or None when they certainly did not."""
+    landing = Landing(options.operation_id, table.version)
+    try:
+        found = _version_holding(table, {name for item in rewrites for name in item.done.files})
+    except LanceRayError as failure:
+        raise _unknown(table, landing, failure) from error
+    if found is None and not _certain(error) and not is_local(table.uri):
+        raise _unknown(table, landing, error) from error
+    return found
+
+
+def _version_holding(table: PinnedTable, names: set[str]) -> int | None:
+    """The first version after the plan that refers to one of these data files."""
+    newest, versions = table.open_latest(), []
+    with translate_errors("list the files of", table.uri, secrets=table.secrets):
+        for batch in newest.tracked_files(min_version=table.version):
+            found = zip(batch.column("version").to_pylist(), batch.column("path").to_pylist(), strict=True)
+            versions += [version for version, path in found if str(path).rpartition("/")[2] in names]
+    return min(versions, default=None)

@@ -1,0 +1,332 @@
+"""Care for tables: old versions removed, and all tables of a database compacted."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lance_ray import catalog
+from lance_ray.compaction import (
+    CompactionJob,
+    CompactionPreview,
+    CompactionReport,
+    OnFailure,
+    Workers,
+    compact,
+    fold_engine_options,
+    fold_job,
+    newest,
+    preview,
+)
+from lance_ray.errors import (
+    InvalidArgumentError,
+    LanceRayError,
+    OperationFailedError,
+    TaskFailedError,
+    translate_errors,
+)
+from lance_ray.ledger import cleanup_jobs
+from lance_ray.options import check_positive, pairs
+from lance_ray.planning.compaction import Budget
+from lance_ray.progress import Progress, Reporter, reporter_for
+from lance_ray.table import PinnedTable, TableRef
+
+logger = logging.getLogger(__name__)
+
+_TABLES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCleanupReport:
+    """What :func:`cleanup_old_versions` removed, or would remove (``dry_run``)."""
+
+    target: str
+    dry_run: bool
+    old_versions: int
+    bytes_removed: int
+    data_files_removed: int
+    deletion_files_removed: int
+    index_files_removed: int
+    transaction_files_removed: int
+    failed_deletes: int
+    warnings: tuple[str, ...] = ()
+    """What the engine has to say about a dry run, such as branches that need a version."""
+
+    def __str__(self) -> str:
+        files = self.data_files_removed + self.deletion_files_removed + self.index_files_removed
+        text = (
+            f"{self.target}: {'would remove' if self.dry_run else 'removed'} {self.old_versions} version(s),"
+            f" {files} file(s), {self.bytes_removed / 1e6:,.1f} MB"
+        )
+        text += f", {self.failed_deletes} could not be deleted" if self.failed_deletes else ""
+        return "\n".join([text, *(f"  {warning}" for warning in self.warnings)])
+
+
+def cleanup_old_versions(
+    uri: Any = None,
+    *,
+    older_than: dt.timedelta | None = None,
+    retain_versions: int | None = None,
+    versions: Sequence[int] | None = None,
+    delete_unverified: bool = False,
+    error_if_tagged_old_versions: bool = True,
+    delete_rate_limit: int | None = None,
+    dry_run: bool = False,
+    table_id: Sequence[str] | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: dict[str, str] | None = None,
+    storage_options: dict[str, str] | None = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+) -> VersionCleanupReport:
+    """Remove old versions and the files that only they refer to. They can no longer be read or restored afterwards.
+
+    Args:
+        uri: path or URI of the table.
+        older_than: only versions older than this; two weeks if nothing else says which.
+        retain_versions: keep this many of the newest.
+        versions: only these.
+        delete_unverified: also files that no version refers to and that are younger than a week. Refused while a job
+            of this package writes to the table, whose files these may be; others' writers must be known to be idle.
+        error_if_tagged_old_versions: whether tagged versions in the way are an error, or are kept silently.
+        delete_rate_limit: deletions per second at most.
+        dry_run: report only.
+        table_id: the table's name in a namespace, with ``namespace_impl``.
+        namespace_impl: the namespace implementation.
+        namespace_properties: what the namespace is connected with.
+        storage_options: for the object store.
+        base_store_params: storage options of further bases.
+
+    Raises:
+        InvalidArgumentError, TableNotFoundError, StorageError: what is gone by then is gone; calling again goes on.
+    """
+    check_positive("retain_versions", retain_versions)
+    check_positive("delete_rate_limit", delete_rate_limit)
+    if older_than is not None and not (isinstance(older_than, dt.timedelta) and older_than >= dt.timedelta(0)):
+        raise InvalidArgumentError("older_than", older_than, "must be a timedelta, not negative")
+    address = {
+        "table_id": table_id,
+        "namespace_impl": namespace_impl,
+        "namespace_properties": namespace_properties,
+        "storage_options": storage_options,
+        "base_store_params": base_store_params,
+    }
+    ref = TableRef.fold(uri, address)
+    table = newest(ref.pin())  # an opened dataset may show an old version
+    if delete_unverified:
+        _refuse_beside_jobs(table, ref.target)
+    choice: dict[str, Any] = {
+        "older_than": older_than,
+        "retain_versions": retain_versions,
+        "delete_unverified": delete_unverified,
+        "error_if_tagged_old_versions": error_if_tagged_old_versions,
+        "delete_rate_limit": delete_rate_limit,
+        "versions": None if versions is None else [int(version) for version in versions],
+    }
+    return _clean(table, ref.target, choice, dry_run=dry_run)
+
+
+def _clean(table: PinnedTable, target: str, choice: dict[str, Any], *, dry_run: bool) -> VersionCleanupReport:
+    dataset = table.open()
+    with translate_errors("clean up old versions of", table.uri, secrets=table.secrets):
+        if dry_run:
+            explained = dataset.explain_cleanup_old_versions(**choice)
+            stats, warnings = explained.stats, tuple(explained.warnings)
+        else:
+            stats, warnings = dataset.cleanup_old_versions(**choice), ()
+    return VersionCleanupReport(
+        target,
+        dry_run,
+        stats.old_versions,
+        stats.bytes_removed,
+        stats.data_files_removed,
+        stats.deletion_files_removed,
+        stats.index_files_removed,
+        stats.transaction_files_removed,
+        stats.failed_deletes,
+        warnings,
+    )
+
+
+def _refuse_beside_jobs(table: PinnedTable, target: str) -> None:
+    jobs = cleanup_jobs(table, target, dry_run=True, landed=lambda *_: False).jobs
+    if running := [job.job_id for job in jobs if job.state == "running"]:
+        raise InvalidArgumentError("delete_unverified", True, f"jobs {running} are writing to the table")
+
+
+@dataclass(frozen=True, slots=True)
+class TableCompaction:
+    """What became of one table of a database; also ``item["table_id"]`` and ``item["metrics"]``."""
+
+    table_id: list[str]
+    metrics: CompactionReport | CompactionPreview | None = None
+    """The report (or the plan of a dry run); None when there was nothing to do, or with an ``error``."""
+    error: LanceRayError | None = None
+    skipped: bool = False
+    """Not begun: time was up."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in ("table_id", "metrics", "error", "skipped"):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the table, or a task of it, failed."""
+        return self.error is not None or bool(getattr(self.metrics, "failed", 0))
+
+    def __str__(self) -> str:
+        name = ".".join(self.table_id)
+        if self.error is not None:
+            return f"{name}: {type(self.error).__name__}: {self.error}"
+        return f"{name}: {'not begun' if self.skipped else self.metrics or 'nothing to do'}"
+
+
+def compact_database(
+    *,
+    database: Sequence[str],
+    namespace_impl: str,
+    namespace_properties: dict[str, str] | None = None,
+    storage_options: dict[str, str] | None = None,
+    compaction_options: Mapping[str, Any] | None = None,
+    num_workers: int | None = None,
+    concurrency: int | None = None,
+    micro_commit_batch_size: int | None = None,
+    tables_at_once: int = _TABLES_AT_ONCE,
+    max_seconds: float | None = None,
+    on_failure: OnFailure = "report",
+    dry_run: bool = False,
+    progress: bool | Reporter | None = None,
+    ray_remote_args: dict[str, Any] | None = None,
+) -> list[TableCompaction]:
+    """Compact all tables directly in a namespace, several at once, going on past a table that fails.
+
+    Args:
+        database: name of the namespace, as a list of its parts; empty for the root.
+        namespace_impl: the namespace implementation.
+        namespace_properties: what the namespace is connected with.
+        storage_options: for the object store.
+        compaction_options: as for :func:`lance_ray.compact_files`.
+        num_workers: tasks at once at most, of all tables together; by default what the cluster runs.
+        concurrency: as for :func:`lance_ray.compact_files`.
+        micro_commit_batch_size: the same.
+        tables_at_once: tables at most that are worked on at the same time.
+        max_seconds: begin no further table or task after this time.
+        on_failure: ``report`` failures in the items, or ``raise`` after all tables were tried.
+        dry_run: plans only.
+        progress: tables done: False for silence, a reporter, or by default a bar on a terminal, else log lines.
+        ray_remote_args: options of ``ray.remote`` for the tasks.
+
+    Returns:
+        One item for each table, in the order of the namespace.
+
+    Raises:
+        InvalidArgumentError, StorageError: an argument is wrong, or the namespace cannot be listed.
+        OperationFailedError: something failed (``on_failure="raise"``); its ``failures`` name the tables.
+    """
+    check_positive("tables_at_once", tables_at_once, optional=False)
+    if isinstance(database, str) or not all(isinstance(part, str) and part for part in database):
+        raise InvalidArgumentError("database", database, "must be a list of names")
+    namespace = catalog.NamespaceRef(namespace_impl, pairs(namespace_properties, "namespace_properties") or ())
+    ref = TableRef(namespace=namespace, storage_options=pairs(storage_options, "storage_options"))
+    job = fold_job(
+        ref,
+        fold_engine_options(compaction_options),
+        Budget(max_seconds),
+        Workers(num_workers, None, concurrency, ray_remote_args),
+        micro_commit_batch_size=micro_commit_batch_size,
+        on_failure=on_failure,
+        max_replans=5,
+        progress=progress,
+    )
+    items = _Database(job, catalog.list_tables(namespace, tuple(database)), dry_run).run(tables_at_once)
+    failed = [item for item in items if item.failed]
+    if failed and on_failure == "raise":
+        failures = [TaskFailedError(".".join(item.table_id), 1, item.error or str(item.metrics)) for item in failed]
+        text = "\n".join([f"{len(failed)} of {len(items)} table(s) failed", *map(str, failed)])
+        raise OperationFailedError(text, failures=failures, completed=len(items) - len(failed))
+    return items
+
+
+@dataclass(frozen=True, slots=True)
+class _Database:
+    """The compaction of some tables."""
+
+    job: CompactionJob
+    tables: Sequence[tuple[str, ...]]
+    dry_run: bool
+    stop: threading.Event = field(default_factory=threading.Event)
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self, at_once: int) -> list[TableCompaction]:
+        """One item for each table. An interrupt ends all, each after the commit of what it has finished."""
+        if not self.tables:
+            return []
+        shares = _shares(self.job.workers, min(at_once, len(self.tables)))
+        reporter = reporter_for("compact_database", len(self.tables), self.job.progress)
+        done: dict[tuple[str, ...], TableCompaction] = {}
+        with _closing(reporter), ThreadPoolExecutor(shares.qsize(), "lance-ray-compact") as pool:
+            futures: dict[Future[TableCompaction], tuple[str, ...]] = {
+                pool.submit(self._one, table_id, shares): table_id for table_id in self.tables
+            }
+            try:
+                for future in as_completed(futures):
+                    done[futures[future]] = future.result()
+                    failed = sum(item.failed for item in done.values())
+                    state = Progress("compact_database", len(done) - failed, len(futures), "tables", failed=failed)
+                    reporter.report(dataclasses.replace(state, seconds=time.monotonic() - self.started))
+            finally:
+                self.stop.set()
+        return [done[table_id] for table_id in self.tables]
+
+    def _one(self, table_id: tuple[str, ...], shares: queue.SimpleQueue[int | None]) -> TableCompaction:
+        share = shares.get()
+        try:
+            return self._compact(table_id, share)
+        except LanceRayError as error:
+            logger.warning("%s is not compacted: %s", ".".join(table_id), error)
+            return TableCompaction(list(table_id), error=error)
+        finally:
+            shares.put(share)
+
+    def _compact(self, table_id: tuple[str, ...], share: int | None) -> TableCompaction:
+        budget, limit = self.job.budget, self.job.budget.max_seconds
+        if limit is not None:
+            budget = dataclasses.replace(budget, max_seconds=limit - (time.monotonic() - self.started))
+        if self.stop.is_set() or (budget.max_seconds is not None and budget.max_seconds <= 0):
+            return TableCompaction(list(table_id), skipped=True)
+        job = dataclasses.replace(
+            self.job,
+            ref=dataclasses.replace(self.job.ref, table_id=table_id),
+            budget=budget,
+            workers=share,
+            on_failure="report",
+            progress=False,
+            stop=self.stop,
+        )
+        return TableCompaction(list(table_id), preview(job) if self.dry_run else compact(job))
+
+
+def _shares(workers: int | None, tables: int) -> queue.SimpleQueue[int | None]:
+    """The workers divided among the tables at work; None each when the cluster alone is the limit."""
+    shares: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    tables = tables if workers is None else min(tables, workers)
+    for number in range(tables):
+        shares.put(None if workers is None else (workers + number) // tables)
+    return shares
+
+
+@contextmanager
+def _closing(reporter: Reporter) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        reporter.close()

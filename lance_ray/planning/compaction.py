@@ -1,0 +1,114 @@
+"""Which rewrites of a compaction run, and when finished ones become a commit. Values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+DEFAULT_TARGET_ROWS = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteTask:
+    """Fragments that become fewer fragments, in one task.
+
+    Attributes:
+        json: the engine's task, as a worker gets it.
+        sources: each fragment's id and what the manifest said of it; any change of it voids the rewrite.
+        rows: live rows.
+        bytes: size of the data files, where the manifest knows it.
+        target_rows: rows that a fragment shall have afterwards.
+    """
+
+    json: str = field(repr=False)
+    sources: Mapping[int, object] = field(repr=False)
+    rows: int
+    bytes: int
+    target_rows: int = DEFAULT_TARGET_ROWS
+
+    @property
+    def fragments(self) -> tuple[int, ...]:
+        """The ids of the fragments."""
+        return tuple(self.sources)
+
+    @property
+    def fragments_after(self) -> int:
+        """How many fragments the rows will be in (the engine cuts evenly, at or above the target)."""
+        return max(1, self.rows // self.target_rows) if self.rows else 0
+
+    def stands(self, newest: Mapping[int, object]) -> bool:
+        """Whether nobody has changed one of the fragments, by what the newest manifest says of them."""
+        return all(newest.get(item) == source for item, source in self.sources.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """What a task hands back.
+
+    Attributes:
+        result: the engine's result as JSON: what to remove, what to add, how row addresses move.
+        files: names of the data files that it wrote; nothing else refers to them, so they tell whether it landed.
+        metrics: fragments removed and added, files removed and added.
+        rows: rows written.
+        bytes: size of the files.
+    """
+
+    result: str = field(repr=False)
+    files: tuple[str, ...]
+    metrics: tuple[int, int, int, int]
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A finished rewrite, not yet in the table."""
+
+    task: RewriteTask
+    done: Rewritten
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one run may take on. Fragments are taken in the order of the plan."""
+
+    max_seconds: float | None = None
+    max_bytes: int | None = None
+    max_tasks: int | None = None
+
+    def select(self, tasks: Sequence[RewriteTask]) -> tuple[RewriteTask, ...]:
+        """The first tasks that fit, as many as do."""
+        chosen: list[RewriteTask] = []
+        taken = 0
+        for task in tasks[: self.max_tasks]:
+            taken += task.bytes
+            if self.max_bytes is not None and taken > self.max_bytes:
+                break
+            chosen.append(task)
+        return tuple(chosen)
+
+
+class CommitCadence(Generic[T]):
+    """Collects finished rewrites until they make a commit.
+
+    Args:
+        batch_size: rewrites in a commit; None, not positive, or as many as there are tasks: one commit at the end.
+        tasks: how many tasks there are.
+    """
+
+    def __init__(self, batch_size: int | None, tasks: int) -> None:
+        self._size = batch_size if batch_size is not None and 0 < batch_size < tasks else None
+        self._held: list[T] = []
+
+    def offer(self, item: T) -> tuple[T, ...]:
+        """Add a finished rewrite; returns the batch to commit now, usually empty."""
+        self._held.append(item)
+        return self.drain() if len(self._held) == self._size else ()
+
+    def drain(self) -> tuple[T, ...]:
+        """What is left over."""
+        held, self._held = self._held, []
+        return tuple(held)
