@@ -387,6 +387,11 @@ def write_lance(
         raise InvalidArgumentError(
             "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
         )
+    if stream and (ray_remote_args or concurrency is not None):
+        name = "concurrency" if concurrency is not None else "ray_remote_args"
+        raise InvalidArgumentError(
+            name, concurrency or sorted(ray_remote_args or ()), "stream=True writes on the driver"
+        )
     return _run(job, ds, _Streaming(batch_size, resume_rows) if stream else None)
 
 

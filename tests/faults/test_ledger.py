@@ -395,16 +395,17 @@ def test_a_run_that_was_taken_for_dead_cannot_touch_or_outlive_the_run_that_repl
 def test_of_runs_of_one_job_that_start_together_at_most_one_goes_on(on_disk: Place):
     for _ in range(10):
         jobs = [on_disk.job() for _ in range(3)]
-        ready = threading.Barrier(len(jobs))
+        ready, tried = threading.Barrier(len(jobs), timeout=60), threading.Barrier(len(jobs), timeout=60)
 
-        def start(job: JobRef, ready: threading.Barrier = ready) -> bool:
+        def start(job: JobRef, ready: threading.Barrier = ready, tried: threading.Barrier = tried) -> bool:
             ready.wait()
             try:
                 with job.running("write", exclusive=True):
-                    time.sleep(0.05)
+                    tried.wait()  # none ends before all have begun
                     job.discard()
                     return True
             except InvalidArgumentError:
+                tried.wait()
                 return False
 
         with ThreadPoolExecutor(len(jobs)) as drivers:

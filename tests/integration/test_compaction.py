@@ -430,7 +430,7 @@ def model_of(uri: str) -> Counter[tuple[int, int]]:
     return Counter(zip(table["id"].to_pylist(), table["value"].to_pylist(), strict=True))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 20))])
 def test_beside_a_continuous_writer_no_row_is_lost_doubled_or_brought_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
 ):

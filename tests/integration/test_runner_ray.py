@@ -227,6 +227,7 @@ def test_an_attempt_that_takes_too_long_fails_and_the_next_task_runs(executor: E
 # What only processes can show
 
 
+@pytest.mark.slow
 def test_a_killed_worker_s_task_runs_again_and_one_that_kills_each_of_its_workers_is_given_up(
     processes: Executor, tmp_path: Path
 ) -> None:

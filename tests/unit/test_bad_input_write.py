@@ -117,6 +117,8 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"batch_size": 10}, "batch_size", "stream=True"),
         ({"resume_rows": -1, "stream": True}, "resume_rows", "at least 0"),
         ({"resume_rows": 10}, "resume_rows", "stream=True"),
+        ({"concurrency": 2, "stream": True}, "concurrency", "driver"),
+        ({"ray_remote_args": {"num_cpus": 1}, "stream": True}, "ray_remote_args", "driver"),
     ],
     ids=str,
 )
