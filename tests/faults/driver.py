@@ -125,7 +125,9 @@ def write(orders: Orders, turn: int = 0) -> Any:
         return pa.table({"id": pa.array(range(first, first + BLOCK), pa.int64())})
 
     ds = ray.data.range(orders.blocks, override_num_blocks=orders.blocks)
-    ds = ds.map_batches(make, batch_size=None)
+    # Shares of a CPU of its own keep Ray from fusing this with the write, so that each block is written when it is
+    # there; and they fit into what Ray grants while it still holds back what a killed driver had.
+    ds = ds.map_batches(make, batch_size=None, num_cpus=0.05)
     return write_lance(
         ds,
         orders.uri,
@@ -133,7 +135,7 @@ def write(orders: Orders, turn: int = 0) -> Any:
         mode=orders.mode,
         job_id=orders.job_id,
         min_rows_per_file=BLOCK,
-        ray_remote_args={"num_cpus": 0.9},  # keeps Ray from fusing both steps: each block is written when it is there
+        ray_remote_args={"num_cpus": 0.5},
     )
 
 

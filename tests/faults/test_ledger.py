@@ -192,7 +192,10 @@ def test_a_name_that_is_not_one_of_a_data_file_is_refused(on_disk: Place, name: 
 
 @pytest.mark.parametrize(
     "rule",
-    [Rule("PUT", FOLDER, count=20, status=503), Rule("PUT", FOLDER, count=20, reset=True)],
+    [
+        Rule("PUT", FOLDER, count=20, status=503),
+        pytest.param(Rule("PUT", FOLDER, count=20, reset=True), marks=pytest.mark.slow),
+    ],
     ids=["answers 503", "resets"],
 )
 def test_a_note_is_written_again_while_the_store_throttles_or_resets(on_s3: Place, rule: Rule):

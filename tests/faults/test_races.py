@@ -146,6 +146,7 @@ def test_of_four_creates_by_four_drivers_one_wins(place: Place, crew):
     place.assert_holds(ids_from(winners[0]))
 
 
+@pytest.mark.slow
 def test_eight_appends_of_three_drivers_land_while_clean_ups_go_on(on_disk: Place, crew):
     on_disk.write(rows(-1, 1).slice(1))
     with crew(on_disk, 2, repeat=2) as ends_of, ThreadPoolExecutor(1) as cleaner:

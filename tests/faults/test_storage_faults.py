@@ -63,7 +63,11 @@ def proxy_of(place: Place) -> FaultProxy:
 # What passes
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 500}, {"reset": True}], ids=["503", "500", "resets"])
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 503}, {"reset": True}, pytest.param({"status": 500}, marks=pytest.mark.slow)],
+    ids=["503", "resets", "500"],
+)
 def test_twenty_data_puts_fail_and_every_row_arrives_once(on_s3: Place, fault: dict[str, Any]):
     on_s3.write(rows(-100, 50))
     rule = Rule("PUT", "/data/", count=20, **fault)
@@ -170,7 +174,9 @@ def test_a_key_that_may_read_but_not_write(on_s3: Place):
     on_s3.assert_empty()
 
 
-@pytest.mark.parametrize(("action", "mode"), [("read", ""), ("write", "append"), ("write", "create")])
+@pytest.mark.parametrize(
+    ("action", "mode"), [("read", ""), ("write", "create"), pytest.param("write", "append", marks=pytest.mark.slow)]
+)
 def test_a_bucket_that_does_not_exist(s3: S3, action: str, mode: str):
     error = error_of(action, Place("s3://no-such-bucket/table", s3.options(), s3), mode)
     assert isinstance(error, StorageError)
@@ -181,8 +187,8 @@ def test_a_bucket_that_does_not_exist(s3: S3, action: str, mode: str):
     ("action", "mode", "host"),
     [
         ("read", "", "127.0.0.1:9"),
-        ("write", "create", "127.0.0.1:9"),
-        pytest.param("write", "append", "127.0.0.1:9", marks=pytest.mark.slow),
+        pytest.param("write", "create", "127.0.0.1:9", marks=pytest.mark.slow),
+        ("write", "append", "127.0.0.1:9"),
         pytest.param("write", "append", "no-such-host.invalid:9000", marks=pytest.mark.slow),
     ],
 )
@@ -198,8 +204,9 @@ def test_a_table_that_does_not_exist(place: Place, action: str):
     assert isinstance(error_of(action, place), TableNotFoundError)
 
 
-@pytest.mark.parametrize("mode", ["create", "overwrite"])
-@pytest.mark.parametrize("below", ["table", "deeper/table"])
+@pytest.mark.parametrize(
+    ("mode", "below"), [("create", "table"), pytest.param("overwrite", "deeper/table", marks=pytest.mark.slow)]
+)
 def test_a_parent_that_is_a_file(tmp_path: Path, mode: str, below: str):
     parent = tmp_path / "file"
     parent.write_text("not a folder")
