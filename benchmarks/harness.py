@@ -126,11 +126,14 @@ def memory_peak(into: list[float]) -> Iterator[None]:
         into.append(peak / 1e6)
 
 
+WARM_UP_SECONDS, WARM_UP_RUNS = 4.0, 12
+"""Both sides run uncounted for so long, or so often: Ray's processes touch each page of the object store once, which
+costs more than the work itself until most pages were used."""
+
+
 def measure(case: Case, repeats: int, *, memory: bool) -> Result:
-    """Warm up once, then time both sides in turn; memory in a run of its own, because sampling costs time."""
-    rows = _once(case, case.engine)[0]
-    if _once(case, case.ours)[0] != rows:
-        raise RuntimeError(f"{case.name}: the two sides disagree on the number of rows")
+    """Warm up, then time both sides in turn; memory in a run of its own, because sampling costs time."""
+    rows = _warm_up(case, repeats)
     sides: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
     for _ in range(repeats):
         for side, run in zip(sides, (case.engine, case.ours), strict=True):
@@ -147,6 +150,18 @@ def measure(case: Case, repeats: int, *, memory: bool) -> Result:
             peaks.append(0.0)
     engine, ours = (_timing(side, peak) for side, peak in zip(sides, peaks, strict=True))
     return Result(case.name, rows, engine, ours, case.required, case.stretch, case.absolute)
+
+
+def _warm_up(case: Case, repeats: int) -> int:
+    """Runs both sides as often as warming up needs (once in a smoke test); the number of rows that both give."""
+    started = time.perf_counter()
+    for _ in range(WARM_UP_RUNS if repeats > 1 else 1):
+        rows = _once(case, case.engine)[0]
+        if _once(case, case.ours)[0] != rows:
+            raise RuntimeError(f"{case.name}: the two sides disagree on the number of rows")
+        if time.perf_counter() - started > WARM_UP_SECONDS:
+            break
+    return rows
 
 
 def _once(case: Case, run: Run) -> tuple[int, float, float]:

@@ -19,6 +19,7 @@ from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
 from lance_ray.errors import InvalidArgumentError
+from lance_ray.memory import keep_freed_memory
 from lance_ray.options import PlanOptions, ScanOptions, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
@@ -210,11 +211,13 @@ def _plan_answer(spec: ReadSpec, answer: Any, cut: Cut) -> list[tuple[ReadTaskRo
 
 
 def _scan_rows(spec: ReadSpec, rows: ReadTaskRows) -> Iterable[pa.Table]:
+    keep_freed_memory()
     return scan(spec, rows)
 
 
 def _scan_share(spec: ReadSpec, cut: Cut, share: int, count: int) -> Iterable[pa.Table]:
     """The share-th of count parts of a read that was only outlined."""
+    keep_freed_memory()
     planned = _plan(spec, cut)
     for rows, _ in planned[len(planned) * share // count : len(planned) * (share + 1) // count]:
         yield from scan(spec, rows)

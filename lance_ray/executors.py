@@ -21,6 +21,7 @@ import ray
 from ray import exceptions as ray_errors
 
 from lance_ray.errors import InvalidArgumentError, redact
+from lance_ray.memory import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -212,6 +213,7 @@ class RayExecutor:
 def _stream_attempt(bundle: tuple[Worker[Any, Any], object], task: Any) -> Iterator[Any]:
     # The first item tells the driver that the task got its resources: only from then on is it running late.
     yield None
+    keep_freed_memory()
     yield _call(bundle[0], bundle[1], task)
 
 

@@ -1,0 +1,47 @@
+"""What worker processes do with memory that they have freed."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """if True:
+    import resource
+    from concurrent.futures import ThreadPoolExecutor
+    from lance_ray.memory import keep_freed_memory
+    import ctypes
+    kept = keep_freed_memory()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    def touch():
+        pieces = [libc.malloc(4 << 20) for _ in range(16)]
+        for piece in pieces:
+            ctypes.memset(piece, 1, 4 << 20)
+        for piece in pieces:
+            libc.free(piece)
+    touch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch()
+    print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> tuple[bool, int]:
+    monkeypatch.setenv("LANCE_RAY_KEEP_FREED_BYTES", str(kept_bytes))
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    kept, count = done.stdout.split()
+    return kept == "True", int(count)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_memory_freed_by_one_task_is_used_again_by_the_next_without_page_faults(monkeypatch):
+    kept, count = faults(monkeypatch, 256 * 1024**2)
+    assert kept
+    assert count < 1000  # 64 MB are 16,384 pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_zero_bytes_leave_the_allocator_alone(monkeypatch):
+    kept, count = faults(monkeypatch, 0)
+    assert not kept
+    assert count > 10_000
