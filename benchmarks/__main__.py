@@ -14,7 +14,7 @@ import ray
 
 import lance_ray
 from benchmarks import compaction, planning, reading, writing
-from benchmarks.harness import Result, environment, measure, table
+from benchmarks.harness import Result, environment, measure, table, warm_object_store
 
 AREAS = {"reading": reading.cases, "writing": writing.cases, "compaction": compaction.cases}
 
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     lance_ray.patch_ray_data()
     try:
+        if not options.smoke:
+            warm_object_store()
         results = list(_measured(options, scale, repeats))
     finally:
         if started:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import numpy as np
 import psutil
 import pyarrow as pa
 import ray
@@ -127,8 +128,26 @@ def memory_peak(into: list[float]) -> Iterator[None]:
 
 
 WARM_UP_SECONDS, WARM_UP_RUNS = 4.0, 12
-"""Both sides run uncounted for so long, or so often: Ray's processes touch each page of the object store once, which
-costs more than the work itself until most pages were used."""
+"""Both sides run uncounted for so long, or so often."""
+
+
+@ray.remote
+def _fill(size: int, until: float) -> int:
+    block = np.zeros(64 * 1024**2, dtype=np.uint8)
+    held = [ray.put(block) for _ in range(size // block.nbytes)]
+    time.sleep(max(0.0, until - time.time()))  # so that each worker process fills its share
+    return len(held)
+
+
+def warm_object_store(rounds: int = 4) -> None:
+    """Fills Ray's object store and empties it again. A process that writes to a page of it for the first time pays for
+    that, which costs more than a scan itself, until the pages have been used; a Ray that has worked a while is timed.
+    """
+    store = ray.cluster_resources()["object_store_memory"]
+    workers = int(ray.cluster_resources()["CPU"])
+    for _ in range(rounds):
+        share = int(0.9 * store / workers)
+        ray.get([_fill.remote(share, time.time() + store / 1e9 / 2) for _ in range(workers)])
 
 
 def measure(case: Case, repeats: int, *, memory: bool) -> Result:

@@ -12,7 +12,8 @@ PROGRAM = """if True:
     import ctypes
     kept = keep_freed_memory()
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     def touch():
         pieces = [libc.malloc(4 << 20) for _ in range(16)]
         for piece in pieces:
