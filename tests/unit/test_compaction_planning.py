@@ -8,7 +8,10 @@ from lance_ray.planning.compaction import Budget, CommitCadence, RewriteTask
 
 
 def task(*fragments: int, rows: int = 100, size: int = 10, target: int = 100) -> RewriteTask:
-    return RewriteTask("{}", {item: f"as planned {item}" for item in fragments}, rows, size, target)
+    return RewriteTask("{}", fragments, rows, size, target)
+
+
+PLANNED = {1: "as planned 1", 2: "as planned 2"}
 
 
 def batches(size: int | None, tasks: int) -> list[tuple[int, ...]]:
@@ -52,14 +55,14 @@ def test_a_budget_takes_the_first_tasks_that_fit(budget: Budget, taken: int):
 
 
 def test_a_rewrite_stands_while_each_of_its_fragments_is_as_it_was_planned():
-    assert task(1, 2).stands({1: "as planned 1", 2: "as planned 2", 3: "appended"})
+    assert task(1, 2).stands(PLANNED, {**PLANNED, 3: "appended"})
 
 
 @pytest.mark.parametrize(
     "newest", [{1: "as planned 1"}, {1: "as planned 1", 2: "with deletions"}, {}], ids=["gone", "changed", "empty"]
 )
 def test_a_rewrite_falls_when_one_of_its_fragments_is_changed_or_gone(newest: dict[int, str]):
-    assert not task(1, 2).stands(newest)
+    assert not task(1, 2).stands(PLANNED, newest)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(0, 0), (1, 1), (100, 1), (199, 1), (200, 2)])
