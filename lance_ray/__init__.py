@@ -30,6 +30,11 @@ version) and *commit* (one module), and each question has one file:
 ``datasink``          ``write_lance`` and Ray's Datasink
 ``fragment``          writers and committers made by hand
 ``cleanup``           ``cleanup_orphans``
+``transforms``        what computes columns: SQL, functions, classes
+``column_commits``    what a change of columns commits, and what it makes of changes by others
+``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
+``column_merge``      ``merge_columns_from``, ``add_columns_from``: values from a Ray Dataset
+``changes``           ``drop_columns``, ``alter_columns``, ``delete``, ``restore``
 ``compaction``        ``compact_files`` and its worker side
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
@@ -40,7 +45,10 @@ Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connect
 ``LANCE_RAY_PATCH_RAY_DATA=0``; :func:`restore_ray_data` undoes it. It never starts Ray and opens no file.
 """
 
+from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
+from lance_ray.column_merge import add_columns_from, merge_columns_from
+from lance_ray.columns import ColumnsReport, add_columns, merge_columns, update_columns
 from lance_ray.compaction import (
     CompactionFailure,
     CompactionPreview,
@@ -56,6 +64,7 @@ from lance_ray.errors import (
     InvalidArgumentError,
     LanceRayError,
     OperationFailedError,
+    RowCoverageError,
     SchemaMismatchError,
     SnapshotChangedError,
     StorageError,
@@ -80,7 +89,9 @@ from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, resto
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangeReport",
     "CleanupReport",
+    "ColumnsReport",
     "CommitConflictError",
     "CommitOutcomeUnknownError",
     "CompactionFailure",
@@ -94,6 +105,7 @@ __all__ = [
     "LanceRayError",
     "OperationFailedError",
     "PlannedRewrite",
+    "RowCoverageError",
     "SchemaMismatchError",
     "SnapshotChangedError",
     "StorageError",
@@ -107,14 +119,23 @@ __all__ = [
     "VersionNotFoundError",
     "WorkerEnvironmentError",
     "WriteReport",
+    "add_columns",
+    "add_columns_from",
+    "alter_columns",
     "cleanup_old_versions",
     "cleanup_orphans",
     "compact_database",
     "compact_files",
+    "delete",
+    "drop_columns",
+    "merge_columns",
+    "merge_columns_from",
     "patch_ray_data",
     "read_lance",
+    "restore",
     "restore_ray_data",
     "table_health",
+    "update_columns",
     "write_lance",
 ]
 

@@ -18,7 +18,6 @@ from lance.fragment import FragmentMetadata
 from lance.optimize import Compaction, CompactionOptions, CompactionTask
 
 from lance_ray import commit
-from lance_ray.catalog import TableLocation
 from lance_ray.errors import (
     CommitConflictError,
     CommitOutcomeUnknownError,
@@ -36,7 +35,7 @@ from lance_ray.planning.compaction import DEFAULT_TARGET_ROWS, Budget, CommitCad
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.runner import RunOptions, TaskOutcome, run_tasks
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, newest
 
 logger = logging.getLogger(__name__)
 
@@ -391,12 +390,6 @@ def plan_table(table: PinnedTable, engine: Mapping[str, Any]) -> CompactionPlan:
         return CompactionPlan(table, tasks, len(dataset.fragment_ids()), commit.index_names(dataset))
 
 
-def newest(table: PinnedTable) -> PinnedTable:
-    """The same table at its newest version, whatever version was asked for."""
-    ref = dataclasses.replace(table.ref, version=None, asof=None, opened="", branch=None)
-    return ref.at(TableLocation(table.uri, table.storage_options, table.managed_versioning))
-
-
 def target_rows(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> int:
     """Rows that a fragment shall have: by the options, the table's configuration, or the engine's default."""
     stored = dataset.config().get(_TARGET_KEY) or DEFAULT_TARGET_ROWS
@@ -498,7 +491,7 @@ def compact(job: CompactionJob) -> CompactionReport | None:
 def _remove_leftovers(table: PinnedTable, target: str) -> None:
     """Remove what killed drivers left. What they committed stays: the table itself says which files it holds."""
     try:
-        left = cleanup_jobs(table, target, dry_run=False, landed=lambda *_: False)
+        left = cleanup_jobs(table, target, dry_run=False, landed=lambda *_: False, keep_resumable=True)
     except LanceRayError as error:  # no reason not to compact
         logger.warning("leftovers of dead jobs beside %s stay for cleanup_orphans(): %s", target, error)
     else:

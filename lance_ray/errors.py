@@ -12,6 +12,7 @@ Classes answer "what would a handler do?"::
     ├── SnapshotChangedError                             a plan no longer applies; .planned .current
     ├── TaskFailedError                                  one unit of work failed; .task .attempts, cause kept
     ├── OperationFailedError                             units of work failed; .failures .completed
+    ├── RowCoverageError            (ValueError)         .duplicate .unknown .missing .examples
     ├── CommitConflictError                              certainly NOT committed; .retryable .read_version
     ├── CommitOutcomeUnknownError                        may be committed, no file is deleted; .operation_id
     ├── WorkerEnvironmentError                           a node cannot do the work; .problems
@@ -103,6 +104,22 @@ class SchemaMismatchError(LanceRayError, ValueError):
 
     def __init__(self, message: str, *, columns: Iterable[str] = (), expected: str = "", actual: str = "") -> None:
         super().__init__(message, columns=tuple(columns), expected=expected, actual=actual)
+
+
+class RowCoverageError(LanceRayError, ValueError):
+    """Values do not belong to the rows of the table one to one: counts, and examples of each kind. Nothing was done."""
+
+    duplicate: int
+    unknown: int
+    missing: int
+    examples: dict[str, list[Any]]
+
+    def __init__(
+        self, *, duplicate: int = 0, unknown: int = 0, missing: int = 0, examples: dict[str, list[Any]]
+    ) -> None:
+        counts = {"duplicate": duplicate, "unknown": unknown, "missing": missing}
+        told = [f"{count:,} {name} (such as {examples.get(name, [])})" for name, count in counts.items() if count]
+        super().__init__(f"rows do not match the table: {', '.join(told)}", **counts, examples=examples)
 
 
 class StorageError(LanceRayError, OSError):

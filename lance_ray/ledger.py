@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -78,8 +78,12 @@ class JobRef:
     """The version that the job started from: only later ones can hold its files."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def record(self, files: Iterable[WrittenPath]) -> None:
+    def record(self, files: Iterable[WrittenPath], result: Mapping[str, Any] | None = None) -> None:
         """Note finished files (called by a worker before its task returns).
+
+        Args:
+            files: what was written.
+            result: what a later run of the same job needs to use them.
 
         Raises:
             LanceRayError: the job was ended meanwhile, or the note could not be written; the files have been removed.
@@ -88,7 +92,7 @@ class JobRef:
         store = _Store(self.table)
         entry = f"{self._folder}/{uuid.uuid4().hex}.json"
         try:
-            store.write(entry, {"files": [dataclasses.asdict(file) for file in written]})
+            store.write(entry, {"files": [dataclasses.asdict(file) for file in written], "result": result})
         except LanceRayError:
             with suppress(LanceRayError):  # what is told is why the note failed, not what followed
                 delete_files(self.table, written)
@@ -116,18 +120,22 @@ class JobRef:
         return self._header
 
     @contextmanager
-    def running(self, operation: str, *, exclusive: bool = False) -> Iterator[None]:
+    def running(
+        self, operation: str, *, exclusive: bool = False, plan: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
         """Open the ledger and keep its heartbeat while the block runs. Ending it is the caller's decision.
 
         Args:
             operation: for the report of a clean-up.
             exclusive: refuse to run beside another run of the same job id.
+            plan: what a later run of the same job must share to take over the results of this one.
 
         Raises:
             InvalidArgumentError: there is one.
         """
         store = _Store(self.table)
         header = {
+            "plan": plan,
             "operation": operation,
             "read_version": self.since,
             "processes": _process_space(),
@@ -154,6 +162,40 @@ class JobRef:
         except InvalidArgumentError:
             self.discard()
             raise
+
+    def earlier_plans(self) -> list[dict[str, Any]]:
+        """The plans of earlier runs of the same job id, which have ended.
+
+        Raises:
+            InvalidArgumentError: one of them is under way.
+        """
+        plans = []
+        for found in _runs(self.table, self.job_id):
+            found.refuse_beside(self)
+            if found.job.run != self.run and found.header.get("plan"):
+                plans.append(found.header["plan"])
+        return plans
+
+    def take_over(self) -> list[dict[str, Any]]:
+        """Results of earlier runs of the same job id, which belong to this run from now on; their ledgers go.
+
+        Only results whose files are all still there.
+        """
+        results: list[dict[str, Any]] = []
+        for found in _runs(self.table, self.job_id):
+            if found.job.run == self.run:
+                continue
+            found.refuse_beside(self)
+            store = _Store(self.table)
+            for name in found.job._entries(store):
+                entry = store.read(name) or {}
+                files = [WrittenPath(**item) for item in entry.get("files", ())]
+                if entry.get("result") and all(_Store(self.table, file.base).contains(file.path) for file in files):
+                    self.record(files, entry["result"])
+                    store.delete(name)
+                    results.append(entry["result"])
+            found.job.discard()
+        return results
 
     def end_earlier_runs(self) -> None:
         """Remove what earlier runs of the same job id left behind.
@@ -322,7 +364,12 @@ class CleanupReport:
 
 
 def cleanup_jobs(
-    table: PinnedTable, target: str, *, dry_run: bool, landed: Callable[[str, int], bool]
+    table: PinnedTable,
+    target: str,
+    *,
+    dry_run: bool,
+    landed: Callable[[str, int], bool],
+    keep_resumable: bool = False,
 ) -> CleanupReport:
     """Remove what dead jobs left; :func:`lance_ray.cleanup_orphans` is its public face.
 
@@ -331,10 +378,13 @@ def cleanup_jobs(
         target: its address for the report.
         dry_run: only look.
         landed: whether the job of this id committed after this version.
+        keep_resumable: leave dead jobs alone that a run of the same id can go on with.
     """
     jobs: list[JobState] = []
     removed: list[str] = []
     for found in _runs(table):
+        if keep_resumable and found.header.get("plan"):
+            continue
         orphans: tuple[WrittenPath, ...] = ()
         state = "running" if found.is_alive else "dead"
         if state == "dead":

@@ -24,7 +24,6 @@ from lance_ray.compaction import (
     compact,
     fold_engine_options,
     fold_job,
-    newest,
     preview,
 )
 from lance_ray.errors import (
@@ -38,7 +37,7 @@ from lance_ray.ledger import cleanup_jobs
 from lance_ray.options import check_positive, pairs
 from lance_ray.planning.compaction import Budget
 from lance_ray.progress import Progress, Reporter, reporter_for
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, newest
 
 logger = logging.getLogger(__name__)
 

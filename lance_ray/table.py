@@ -317,6 +317,12 @@ class PinnedTable:
             return LanceFileSession(base or self.uri, **kwargs)
 
 
+def newest(table: PinnedTable) -> PinnedTable:
+    """The same table at its newest version, whatever version was asked for."""
+    ref = dataclasses.replace(table.ref, version=None, asof=None, opened="", branch=None)
+    return ref.at(catalog.TableLocation(table.uri, table.storage_options, table.managed_versioning))
+
+
 @dataclass(frozen=True, slots=True)
 class WriteTarget:
     """A table about to be written: what exists (``base``, None for nothing yet) and where the new files go."""
