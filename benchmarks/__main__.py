@@ -13,10 +13,15 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import compaction, planning, reading, writing
+from benchmarks import columns, compaction, planning, reading, writing
 from benchmarks.harness import Result, environment, measure, table, warm_object_store
 
-AREAS = {"reading": reading.cases, "writing": writing.cases, "compaction": compaction.cases}
+AREAS = {
+    "reading": reading.cases,
+    "writing": writing.cases,
+    "compaction": compaction.cases,
+    "columns": columns.cases,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:

@@ -46,6 +46,7 @@ from lance_ray.errors import (
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, pairs
 from lance_ray.planning.columns import ColumnResult
+from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.retry import RetryPolicy, is_interruption
@@ -359,7 +360,7 @@ class _Merge:
             context.enable_progress_bars = False
         try:
             return [json.loads(row["outcome"]) for row in merged.take_all()]
-        except Exception as error:
+        except Exception as error:  # Ray wraps what a task raised: only the type inside says what it was
             found = unwrap(error)
             if found is error:
                 raise
@@ -522,6 +523,7 @@ def _write(spec: MergeSpec, fragment: int, values: pa.Table, addresses: np.ndarr
     dataset = spec.table.open()
     planned = fragments_of_one(dataset, fragment)
     writing: Any = dataset.get_fragment(fragment)
+    rows = batch_rows(values.nbytes / max(1, values.num_rows))
     with translate_errors("write columns of", spec.table.uri, secrets=spec.table.secrets):
         if spec.update:
             given = values.append_column(pa.field("_rowaddr", pa.uint64()), pa.array(addresses, pa.uint64()))
@@ -530,7 +532,7 @@ def _write(spec: MergeSpec, fragment: int, values: pa.Table, addresses: np.ndarr
             )
             engine: dict[str, Any] = {"fields": tuple(fields), "offsets": bytes(offsets).hex()}
         else:
-            metadata, schema = writing.merge_columns(spread(values, addresses, live).to_reader())
+            metadata, schema = writing.merge_columns(spread(values, addresses, live).to_reader(), batch_size=rows)
             engine = {"schema": schema_text(schema)}
     result = ColumnResult(
         fragment,

@@ -105,7 +105,7 @@ class ColumnSpec:
     filter: str | None
     batch_size: int | None
     output: pa.Schema | None = None
-    """The new columns (or those that are computed anew); None only while they are being found out."""
+    """The columns of an update; on the driver, all columns once they are found out."""
     update: bool = False
 
 
@@ -551,6 +551,8 @@ class ColumnTask:
 
     table: PinnedTable
     fragment: int
+    output: pa.Schema | None = None
+    """The columns to write. Here, so that what all tasks share stays one object, and a model is loaded once."""
 
 
 class _Run:
@@ -634,9 +636,12 @@ class _Run:
             return
         if not first:
             self._report = dataclasses.replace(self._report, recomputed=self._report.recomputed + len(todo))
-        tasks = [ColumnTask(self._table, item) for item in todo]
+        tasks = [ColumnTask(self._table, item, spec.output) for item in todo]
         options = dataclasses.replace(self._options(), on_failure="report")
-        run = run_tasks(compute, tasks, shared=spec, options=options, executor=executor, operation=self._job.operation)
+        shared = self._job.spec
+        run = run_tasks(
+            compute, tasks, shared=shared, options=options, executor=executor, operation=self._job.operation
+        )
         failed = None
         with run:
             for outcome in run:
@@ -796,9 +801,9 @@ class _Values:
     """The new values of one fragment, batch by batch, computed as they are asked for."""
 
     def __init__(self, loaded: Loaded, task: ColumnTask, dataset: lance.LanceDataset) -> None:
-        assert loaded.spec.output is not None  # noqa: S101 - found out before the first of these tasks
+        assert task.output is not None  # noqa: S101 - found out before the first of these tasks
         self.spec = loaded.spec
-        self.output = loaded.spec.output
+        self.output = task.output
         self.dataset = dataset
         self.error: Exception | None = None
         """Why the computation ended early; what reads it from the engine's side is told a text only."""
@@ -814,7 +819,7 @@ class _Values:
                 addresses = np.asarray(batch.column("_rowaddr")) if addressed else None
                 self.rows += batch.num_rows
                 yield addresses, self._values_of(batch)
-        except Exception as error:
+        except Exception as error:  # kept for compute(), which raises it again with its own type
             self.error = error
             raise
 
@@ -839,13 +844,14 @@ class _Values:
         kwargs["with_row_address"] = addressed or kwargs.get("with_row_address", False)
         with _translated(self._task.table):
             scanner = self.dataset.scanner(
-                fragments=[fragment], filter=self.spec.filter, batch_size=self._batch_rows(), **kwargs
+                fragments=[fragment], filter=self.spec.filter, batch_size=self.batch_rows(), **kwargs
             )
             for batch in scanner.to_batches():
                 if batch.num_rows:
                     yield batch
 
-    def _batch_rows(self) -> int:
+    def batch_rows(self) -> int:
+        """Rows of a batch: as asked, or some 4 MiB of the wider of what is read and what is written."""
         if self.spec.batch_size is not None:
             return self.spec.batch_size
         names = self.spec.columns
@@ -870,7 +876,9 @@ def _add(values: _Values, writing: Any, planned: dict[str, Any]) -> ColumnResult
         if not held:
             return ColumnResult(planned["id"], version, planned, planned)
         batches = iter(_spread(values, planned["id"], held).to_batches())
-    metadata, schema = writing.merge_columns(pa.RecordBatchReader.from_batches(values.output, batches))
+    reader = pa.RecordBatchReader.from_batches(values.output, batches)
+    # The engine cuts what it reads to its own batches: small ones cost three times as much as those of the reader.
+    metadata, schema = writing.merge_columns(reader, batch_size=values.batch_rows())
     return _record(values, planned, metadata, schema=schema_text(schema))
 
 
