@@ -35,6 +35,13 @@ version) and *commit* (one module), and each question has one file:
 ``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
 ``column_merge``      ``merge_columns_from``, ``add_columns_from``: values from a Ray Dataset
 ``changes``           ``drop_columns``, ``alter_columns``, ``delete``, ``restore``
+``vectors``           which rows may be the nearest of many queries: a matrix product, and what rounding does to it
+``nearest``           the worker side of a vector search: one shard of it
+``search``            ``vector_search``: shards, where they run, one answer
+``text_search``       ``full_text_search``, ``hybrid_search``
+``nearest_join``      neighbours for each row of a Ray Dataset
+``lookup``            ``take``: rows by position, row id or key
+``pools``             workers that stay warm between calls
 ``compaction``        ``compact_files`` and its worker side
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
@@ -78,13 +85,18 @@ from lance_ray.errors import (
 from lance_ray.fragment import LanceFragmentCommitter, LanceFragmentWriter
 from lance_ray.health import FragmentHealth, IndexHealth, TableHealth, table_health
 from lance_ray.ledger import CleanupReport
+from lance_ray.lookup import take
 from lance_ray.maintenance import (
     TableCompaction,
     VersionCleanupReport,
     cleanup_old_versions,
     compact_database,
 )
+from lance_ray.nearest_join import nearest_join
+from lance_ray.pools import WarmWorkers, clear_global_pool, get_global_pool, init_global_pool, set_global_pool
 from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, restore_ray_data
+from lance_ray.search import vector_search
+from lance_ray.text_search import full_text_search, hybrid_search
 
 __version__ = "0.1.0"
 
@@ -117,6 +129,7 @@ __all__ = [
     "UnsupportedVersionError",
     "VersionCleanupReport",
     "VersionNotFoundError",
+    "WarmWorkers",
     "WorkerEnvironmentError",
     "WriteReport",
     "add_columns",
@@ -124,18 +137,27 @@ __all__ = [
     "alter_columns",
     "cleanup_old_versions",
     "cleanup_orphans",
+    "clear_global_pool",
     "compact_database",
     "compact_files",
     "delete",
     "drop_columns",
+    "full_text_search",
+    "get_global_pool",
+    "hybrid_search",
+    "init_global_pool",
     "merge_columns",
     "merge_columns_from",
+    "nearest_join",
     "patch_ray_data",
     "read_lance",
     "restore",
     "restore_ray_data",
+    "set_global_pool",
     "table_health",
+    "take",
     "update_columns",
+    "vector_search",
     "write_lance",
 ]
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +34,7 @@ from lance_ray.read import (
     scan,
     table_schema,
 )
+from lance_ray.search import SearchWorkers, search_rows, with_search_options
 from lance_ray.table import PinnedTable, TableRef
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,7 @@ class LanceDatasource(Datasource):
         for spec in self._specs:
             cut = self._cut(spec, cpus)
             if data_context is not None:
-                tasks += [
-                    make(spec, functools.partial(_scan_rows, spec, rows), plan) for rows, plan in _plan(spec, cut)
-                ]
+                tasks += [make(spec, _reader(spec, rows), plan) for rows, plan in _plan(spec, cut)]
                 continue
             outline = _outline(spec)
             count = self._count_tasks(spec, outline, cut)
@@ -215,12 +214,23 @@ def _scan_rows(spec: ReadSpec, rows: ReadTaskRows) -> Iterable[pa.Table]:
     return scan(spec, rows)
 
 
+def _search_rows(spec: ReadSpec, workers: SearchWorkers) -> Iterable[pa.Table]:
+    keep_freed_memory()
+    return [search_rows(spec, workers)]
+
+
+def _reader(spec: ReadSpec, rows: ReadTaskRows) -> Callable[[], Iterable[pa.Table]]:
+    if spec.scan.is_search:
+        return functools.partial(_search_rows, spec, SearchWorkers())
+    return functools.partial(_scan_rows, spec, rows)
+
+
 def _scan_share(spec: ReadSpec, cut: Cut, share: int, count: int) -> Iterable[pa.Table]:
     """The share-th of count parts of a read that was only outlined."""
     keep_freed_memory()
     planned = _plan(spec, cut)
     for rows, _ in planned[len(planned) * share // count : len(planned) * (share + 1) // count]:
-        yield from scan(spec, rows)
+        yield from _reader(spec, rows)()
 
 
 def _nothing(schema: pa.Schema) -> Iterable[pa.Table]:
@@ -275,6 +285,9 @@ def read_lance(
     branch: str | None = None,
     limit: int | None = None,
     offset: int | None = None,
+    nearest: Mapping[str, Any] | None = None,
+    full_text_query: Any = None,
+    prefilter: bool | None = None,
     storage_options: dict[str, str] | None = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     scanner_options: dict[str, Any] | None = None,
@@ -322,6 +335,13 @@ def read_lance(
         branch: the branch to read.
         limit: rows to read, over the whole table and in its order.
         offset: rows to skip before those.
+        nearest: read only the rows nearest to a vector, nearest first, with their ``_distance``: see
+            :func:`lance_ray.vector_search`. One block with exactly the k nearest of the whole table comes out, however
+            many tasks find them; nothing is searched before the dataset is consumed.
+        full_text_query: read only the rows that match a text, best first, with their ``_score``: text, one of
+            ``lance.query``, or a dict of ``query`` and ``columns``. ``limit`` says how many.
+        prefilter: whether ``filter`` comes before the ranking of ``nearest`` and ``full_text_query`` (the default), or
+            removes rows from its result.
         storage_options: for the object store; vended ones of a namespace win over them.
         base_store_params: storage options of further bases, by base URI.
         scanner_options: anything else that ``LanceDataset.scanner`` takes (``batch_size``, ``nearest``, ...).
@@ -377,7 +397,7 @@ def read_lance(
         default_scan_options=default_scan_options,
     )
     scan_options = ScanOptions.fold(
-        scanner_options,
+        with_search_options(scanner_options, nearest, full_text_query, prefilter),
         defaults=open_options.default_scan_options,
         columns=columns,
         filter=filter,

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -406,6 +406,78 @@ class _ActorSession:
 
     def describe(self) -> str:
         return f"{len(self._starting)} actor(s) not yet up; {_describe(_needs(self._executor.ray_remote_args))}"
+
+
+class PoolExecutor:
+    """Runs tasks in a ``ray.util.multiprocessing.Pool`` of the caller, which stays open.
+
+    A task in a pool cannot be stopped: one that is cancelled and still runs is abandoned, and its result dropped. A
+    pool does not tell when its processes die; the task that one ran does not end, and is for ``task_timeout``.
+
+    Args:
+        pool: anything with ``apply_async`` whose results have ``ready`` and ``get``.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+
+    def open(self, fn: Worker[Any, Any], shared: object) -> Session:
+        """A session over the pool."""
+        return _PoolSession(self.pool, fn, shared)
+
+
+def _run_in_pool(shipped: Sequence[Any], task: Any) -> Any:
+    fn, shared = ray.get(shipped[0])
+    keep_freed_memory()
+    return _call(fn, shared, task)
+
+
+class _PoolSession:
+    _POLL_SECONDS = 0.002
+
+    def __init__(self, pool: Any, fn: Worker[Any, Any], shared: object) -> None:
+        _connect()
+        self._pool = pool
+        self._shipped = [ray.put((fn, shared))]
+        self._running: dict[Work, Any] = {}
+
+    def capacity(self, asked: int | None) -> int:
+        size = next((count for name in _POOL_SIZES if isinstance(count := getattr(self._pool, name, None), int)), None)
+        return asked or size or _slots({"CPU": 1.0})
+
+    def submit(self, work: Work) -> None:
+        work.started = monotonic()
+        self._running[work] = self._pool.apply_async(_run_in_pool, (self._shipped, work.task))
+
+    def wait(self, seconds: float) -> list[Work]:
+        deadline = monotonic() + seconds
+        while not (ready := [work for work, result in self._running.items() if result.ready()]):
+            if not self._running or monotonic() >= deadline:
+                return []
+            sleep(self._POLL_SECONDS)
+        return [self._finish(work) for work in ready]
+
+    def _finish(self, work: Work) -> Work:
+        result = self._running.pop(work)
+        try:
+            work.result = result.get()
+        except Exception as error:  # noqa: BLE001  # whatever the worker raised: the window decides by type
+            work.error = _unwrap(error)
+        return work
+
+    def cancel(self, work: Work) -> None:
+        self._running.pop(work, None)
+
+    def close(self, seconds: float) -> None:
+        deadline = monotonic() + seconds
+        while self._running and (left := deadline - monotonic()) > 0:
+            self.wait(left)
+
+    def describe(self) -> str:
+        return f"{len(self._running)} task(s) in the caller's pool"
+
+
+_POOL_SIZES = ("_processes", "processes", "_num_processes")
 
 
 def _connect() -> None:

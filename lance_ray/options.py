@@ -12,13 +12,15 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.dataset import ScannerBuilder
 
 from lance_ray.errors import InvalidArgumentError
 
@@ -135,6 +137,10 @@ class ScanOptions:
         if fragments is not None and merged.get("fragment_ids") is None:
             merged["fragment_ids"] = [getattr(item, "fragment_id", item) for item in fragments]
         rest = {key: merged.pop(key) for key in _SCANNER_KEYS - _FOLDED_KEYS if merged.get(key) is not None}
+        if any(key in rest for key in _SEARCH_KEYS):
+            rest.setdefault("prefilter", True)
+        if isinstance(rest.get("nearest"), Mapping):
+            rest["nearest"] = _fold_nearest(rest["nearest"])
         columns = merged.pop("columns", None)
         computed = isinstance(columns, Mapping)
         return cls(
@@ -178,6 +184,35 @@ class ScanOptions:
     def names(self) -> tuple[str, ...] | None:
         """The selected output columns, or None for all."""
         return tuple(name for name, _ in self.expressions) if self.expressions else self.columns
+
+
+_NEAREST_KEYS = frozenset(inspect.signature(ScannerBuilder.nearest).parameters) - {"self"}
+
+
+def _fold_nearest(nearest: Mapping[str, Any]) -> dict[str, Any]:
+    missing, unknown = {"column", "q"} - set(nearest), set(nearest) - _NEAREST_KEYS
+    if missing or unknown:
+        allowed = f"needs 'column' and 'q', and may have {sorted(_NEAREST_KEYS - {'column', 'q'})}"
+        raise InvalidArgumentError("nearest", sorted(unknown) or sorted(nearest), allowed)
+    check_positive("nearest['k']", nearest.get("k"))
+    query = nearest["q"]
+    if isinstance(query, (pa.Array, pa.ChunkedArray)) and pa.types.is_nested(query.type):
+        query = query.to_pylist()
+    if isinstance(query, Sized) and not len(query):
+        raise InvalidArgumentError("nearest['q']", query, "must not be empty")
+    matrix = as_matrix(query)
+    return {**nearest, "q": query if matrix is None else matrix}
+
+
+def as_matrix(value: Any) -> np.ndarray | None:
+    """Several query vectors as a matrix; None for a single one, and for what is left to the engine to refuse."""
+    if isinstance(value, np.ndarray):
+        return value if value.ndim == 2 else None
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return None
+    rows = [np.asarray(item) for item in value if isinstance(item, (Sequence, np.ndarray, pa.Array))]
+    same = len(rows) == len(value) and len({row.shape for row in rows}) == 1 and rows[0].ndim == 1
+    return np.stack(rows) if same else None
 
 
 def _or_zero(value: Any) -> Any:

@@ -129,6 +129,14 @@ def apply_residual(table: pa.Table, residual: Expr) -> pa.Table:
     return accessor.filter(residual)
 
 
+def key_condition(name: str, keys: pa.Array) -> Any:
+    """A filter for the rows in which a column is one of the keys: SQL where Lance has literals of the type."""
+    literals = [] if _kind(keys.type) is None else [_literal(scalar) for scalar in keys]
+    if not literals or None in literals or _NULL in literals or "`" in name:
+        return pc.field(name).isin(keys)
+    return f"`{name}` IN ({', '.join(map(str, literals))})"
+
+
 def columns_of(expr: Expr) -> frozenset[str]:
     """The names of the top-level columns that ``expr`` reads."""
     return frozenset(node.name for node in _walk(expr) if isinstance(node, ColumnExpr))

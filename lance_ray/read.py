@@ -111,6 +111,8 @@ class ReadSpec:
     def scanner_kwargs(self, dataset: lance.LanceDataset) -> dict[str, Any]:
         """Keywords of ``LanceDataset.scanner`` but for which rows it sees."""
         kwargs = dict(self.scan.scanner)
+        if callable(kwargs.get("full_text_query")):
+            kwargs["full_text_query"] = kwargs["full_text_query"]()
         if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
             kwargs["batch_size"] = self.batch_size
         if self.projection is not None and self.scan.is_search:
@@ -310,22 +312,23 @@ def scan(spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
     if not spec.output_schema.names and spec.residual is None:
         yield from _count_only(dataset, spec, rows)
         return
-    for table in _gathered(_batches(dataset, spec, rows)):
-        finished = _finish(table, spec)
+    for table in _gathered(batches(dataset, spec, rows)):
+        finished = finish(table, spec)
         if finished.num_rows:
             yield finished
 
 
 def _count_only(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
     bare = dataclasses.replace(spec, projection=(ROW_ID,), scan=dataclasses.replace(spec.scan, expressions=()))
-    count = sum(batch.num_rows for batch in _batches(dataset, bare, rows))
+    count = sum(batch.num_rows for batch in batches(dataset, bare, rows))
     if count:
         yield pa.table({ROW_COUNT_COLUMN: pa.nulls(count)})
 
 
-def _batches(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.RecordBatch]:
+def batches(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.RecordBatch]:
+    """The rows of one task as the scanner gives them; retried from the row reached."""
     kwargs = spec.scanner_kwargs(dataset)
-    for selection in _selections(dataset, spec, rows):
+    for selection in selections(dataset, spec, rows):
 
         def open_stream(done: int, selection: dict[str, Any] = selection) -> Iterator[pa.RecordBatch]:
             return _stream(dataset, spec, {**kwargs, **_after(selection, done)})
@@ -357,8 +360,14 @@ def _after(selection: dict[str, Any], done: int) -> dict[str, Any]:
     }
 
 
-def _selections(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[dict[str, Any]]:
-    """The scanners of a task: one for each run of whole fragments, one for each row range."""
+def selections(
+    dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows, *, masked: bool | None = None
+) -> Iterator[dict[str, Any]]:
+    """The scanners of a task: one for each run of whole fragments, one for each row range.
+
+    A range is a window of rows, or (``masked``, as with a filter) a mask of row ids.
+    """
+    masked = spec.filter is not None if masked is None else masked
     if rows.row_ids is not None:
         ids = np.frombuffer(rows.row_ids, dtype=np.uint64)
         fragments = _fragments(dataset, rows.fragment_ids)
@@ -379,19 +388,19 @@ def _selections(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows)
         if whole:
             yield {"fragments": whole}
             whole = []
-        yield _row_range(dataset, spec, piece)
+        yield _row_range(dataset, spec, piece, masked=masked)
     if whole:
         yield {"fragments": whole}
 
 
-def _row_range(dataset: lance.LanceDataset, spec: ReadSpec, piece: Piece) -> dict[str, Any]:
+def _row_range(dataset: lance.LanceDataset, spec: ReadSpec, piece: Piece, *, masked: bool) -> dict[str, Any]:
     assert piece.stop is not None  # noqa: S101 - only called for pieces that are not whole
     fragments = [_fragment(dataset, piece.first)]
     window: dict[str, Any] = {"offset": piece.start or None, "limit": piece.stop - piece.start}
-    if spec.filter is None:
+    if not masked:
         return {"fragments": fragments, **window}
 
-    # With a filter, offset and limit would count the rows that pass: mask the range by row id instead.
+    # With a filter or a ranking, offset and limit would count the rows that pass: mask the range by row id instead.
     def row_ids() -> list[int]:
         with translate_errors("scan", spec.table.uri, secrets=spec.table.secrets):
             scanner = dataset.scanner(fragments=fragments, columns=[], with_row_id=True, **window)
@@ -423,7 +432,7 @@ def _as_table(batches: list[pa.RecordBatch], size: int) -> pa.Table:
     return table.combine_chunks() if len(batches) > 1 and size < len(batches) * 256 * 1024 else table
 
 
-def _finish(table: pa.Table, spec: ReadSpec) -> pa.Table:
+def finish(table: pa.Table, spec: ReadSpec) -> pa.Table:
     """The table as it comes out: fragment ids computed, the residual applied, columns as the schema says."""
     wanted = spec.output_schema
     looked_at = () if spec.residual is None else columns_of(spec.residual)

@@ -12,6 +12,7 @@ import datetime as dt
 import hashlib
 import os
 import threading
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -396,6 +397,11 @@ def _version_asof(dataset: lance.LanceDataset, asof: dt.datetime, target: str) -
     if not versions:
         raise VersionNotFoundError(target, asof.isoformat(), "the first version is newer than asof")
     return max(versions)
+
+
+def in_memory(table: pa.Table) -> lance.LanceDataset:
+    """The rows as a table that lives as long as the object; its row ids count from 0."""
+    return lance.write_dataset(table, f"memory://{uuid.uuid4().hex}", max_rows_per_file=max(1, table.num_rows))
 
 
 class _BoundedCache:

@@ -1,0 +1,246 @@
+"""Neighbours for the rows of a Ray Dataset: streamed through workers that keep the table and its index open."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from lance_ray.arrow import to_arrow
+from lance_ray.errors import InvalidArgumentError
+from lance_ray.executors import checked_ray_args
+from lance_ray.memory import keep_freed_memory
+from lance_ray.nearest import QUERY_INDEX, vector_type
+from lance_ray.options import ScanOptions, check_positive
+from lance_ray.preflight import check_cluster
+from lance_ray.read import ReadSpec
+from lance_ray.search import SearchWorkers, ranked_spec, scanner_options_of, search_rows
+from lance_ray.table import PinnedTable, TableRef
+
+_BATCH_QUERIES = 1024
+"""Queries that are searched together: one pass over rows without an index serves them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinSpec:
+    """What the workers of a join share."""
+
+    spec: ReadSpec
+    """The search for one vector of zeros."""
+    on: str
+    output: str
+    explode: bool
+    prefix: str
+
+    @property
+    def neighbours(self) -> pa.Schema:
+        """The columns of a neighbour."""
+        return self.spec.output_schema
+
+    def names(self) -> list[str]:
+        """The columns that the join adds."""
+        return [self.prefix + name for name in self.neighbours.names] if self.explode else [self.output]
+
+
+def nearest_join(
+    ds: Dataset,
+    uri: Any = None,
+    *,
+    on: str,
+    column: str = "vector",
+    k: int = 10,
+    columns: Sequence[str] | dict[str, str] | None = None,
+    nearest: Mapping[str, Any] | None = None,
+    filter: Any = None,
+    prefilter: bool | None = None,
+    fast_search: bool = False,
+    with_row_id: bool = False,
+    output: str = "neighbors",
+    explode: bool = False,
+    prefix: str = "",
+    batch_size: int = _BATCH_QUERIES,
+    concurrency: int | tuple[int, int] | None = None,
+    version: int | str | None = None,
+    asof: Any = None,
+    branch: str | None = None,
+    storage_options: dict[str, str] | None = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: dict[str, str] | None = None,
+    table_id: Sequence[str] | None = None,
+    scanner_options: dict[str, Any] | None = None,
+    ray_remote_args: dict[str, Any] | None = None,
+) -> Dataset:
+    """The rows of a Ray Dataset with the k nearest rows of a table to the vector in each.
+
+    Lazy, as everything in Ray Data: the search runs when the result is consumed, in actors that open the table once and
+    keep its index in memory. All workers search the version that is resolved now.
+
+    Args:
+        ds: the queries.
+        uri: path or URI of the table, or an opened dataset.
+        on: the column of ``ds`` that holds the vectors. Rows without one have no neighbours.
+        column: the column of the table that is searched.
+        k: neighbours of each row.
+        columns: columns of the neighbours, or a dict of name to SQL expression; all but ``column`` by default.
+        nearest: further options of the search (``metric``, ``nprobes``, ``refine_factor``, ``use_index``, ...): see
+            :func:`lance_ray.vector_search`.
+        filter: SQL or a pyarrow expression on the table.
+        prefilter: whether the filter comes before the ranking (the default).
+        fast_search: leave out rows that the index does not know yet.
+        with_row_id: add ``_rowid`` to the neighbours.
+        output: name of the column that is added: a list of structs, nearest first.
+        explode: instead one row for each neighbour, with its columns beside those of ``ds``; rows without neighbours
+            have none.
+        prefix: put before the names of these columns.
+        batch_size: queries that are searched together. Without an index a batch reads the whole column once.
+        concurrency: workers, or the least and the most; by default as many as there is work for, up to the CPUs of the
+            cluster.
+        version: a version number or a tag; the newest by default.
+        asof: the version of a time.
+        branch: the branch to search.
+        storage_options: for the object store.
+        base_store_params: storage options of further bases.
+        namespace_impl: the namespace implementation.
+        namespace_properties: what the namespace is connected with.
+        table_id: the table's name in a namespace, with ``namespace_impl``.
+        scanner_options: further options of ``LanceDataset.scanner``.
+        ray_remote_args: options of ``ray.remote`` for the workers.
+
+    Returns:
+        The dataset. Neighbours have ``_distance`` beside the columns chosen.
+
+    Raises:
+        InvalidArgumentError: unknown column or option, k not positive, a name that occurs twice; before anything runs.
+            Vectors of another dimension are found when they are reached, and raise the same.
+        TableNotFoundError, VersionNotFoundError, StorageError, WorkerEnvironmentError: as for ``read_lance``.
+    """
+    check_positive("k", k, optional=False)
+    check_positive("batch_size", batch_size, optional=False)
+    if given := sorted({"column", "q", "k"} & set(nearest or ())):
+        raise InvalidArgumentError("nearest", given, "are keywords of nearest_join")
+    address = {
+        "table_id": table_id,
+        "namespace_impl": namespace_impl,
+        "namespace_properties": namespace_properties,
+        "storage_options": storage_options,
+        "base_store_params": base_store_params,
+    }
+    table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
+    dimension = _dimension(table, column)
+    names = columns if columns is not None else [name for name in table.open().schema.names if name != column]
+    asked = {**(nearest or {}), "column": column, "q": np.zeros(dimension, np.float32), "k": k}
+    given_options = scanner_options_of(
+        scanner_options, nearest=asked, prefilter=prefilter, fast_search=fast_search or None
+    )
+    scan_options = ScanOptions.fold(given_options, columns=names, filter=filter, with_row_id=with_row_id)
+    spec = ranked_spec(dataclasses.replace(table.ref, version=table.version, asof=None), scan_options)
+    join = JoinSpec(spec, on, output, explode, prefix)
+    _check_names(ds, join)
+    if not ray.is_initialized():
+        ray.init()
+    check_cluster([table])
+    least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    check_positive("concurrency", least)
+    check_positive("concurrency", most)
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    joined: Dataset = ds.map_batches(
+        NearestWorker,
+        fn_constructor_args=(join,),
+        batch_format="pyarrow",
+        batch_size=batch_size,
+        compute=ActorPoolStrategy(min_size=least or 1, max_size=most or cpus),
+        **{"num_cpus": 1, **checked_ray_args(ray_remote_args or {})},
+    )
+    return joined
+
+
+def _dimension(table: PinnedTable, column: str) -> int:
+    schema = table.open().schema
+    kind = vector_type(schema, column)
+    if kind is None or not pa.types.is_fixed_size_list(kind):
+        found = "is no column of the table" if kind is None else f"is of type {kind}"
+        raise InvalidArgumentError("column", column, f"{found}; must be a fixed-size list: one of {schema.names}")
+    return int(kind.list_size)
+
+
+def _check_names(ds: Dataset, join: JoinSpec) -> None:
+    schema = ds.schema(fetch_if_missing=False)
+    have = list(schema.names) if schema is not None else None
+    if have is not None and join.on not in have:
+        raise InvalidArgumentError("on", join.on, f"must be a column of ds: {have}")
+    if twice := sorted(set(have or ()) & set(join.names())):
+        raise InvalidArgumentError(
+            "prefix" if join.explode else "output", twice, "are columns of ds already; choose another name"
+        )
+
+
+class NearestWorker:
+    """Adds the neighbours to batches of queries. Ray makes one for each worker process."""
+
+    def __init__(self, join: JoinSpec) -> None:
+        keep_freed_memory()
+        self._join = join
+        join.spec.table.open()  # before the first batch, so that all of them find it open
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The batch with its neighbours."""
+        join = self._join
+        if missing := [name for name in [join.on] if name not in table.schema.names]:
+            raise InvalidArgumentError("on", missing, f"must be a column of ds: {table.schema.names}")
+        if twice := sorted(set(table.schema.names) & set(join.names())):
+            raise InvalidArgumentError("output", twice, "are columns of ds already; choose another name")
+        queries, rows = _queries(to_arrow(table.select([join.on])).column(0), join)
+        found = self._search(queries)
+        owner = rows[np.asarray(found.column(QUERY_INDEX))] if found.num_rows else np.empty(0, np.int64)
+        found = found.drop_columns([QUERY_INDEX])
+        if join.explode:
+            return _exploded(table, found, owner, join)
+        ends = np.searchsorted(owner, np.arange(table.num_rows + 1)).astype(np.int32)
+        structs = pa.StructArray.from_arrays(
+            [_flat(found.column(name)) for name in found.schema.names], fields=list(found.schema)
+        )
+        return table.append_column(join.output, pa.ListArray.from_arrays(pa.array(ends), structs))
+
+    def _search(self, queries: np.ndarray) -> pa.Table:
+        spec = self._join.spec
+        if not len(queries):
+            empty = spec.output_schema.empty_table()
+            return empty.add_column(0, QUERY_INDEX, pa.array([], pa.int32()))
+        nearest = {**spec.scan.scanner["nearest"], "q": queries}
+        scan = dataclasses.replace(spec.scan, scanner={**spec.scan.scanner, "nearest": nearest})
+        schema = pa.schema([pa.field(QUERY_INDEX, pa.int32(), nullable=False), *spec.schema], spec.schema.metadata)
+        return search_rows(dataclasses.replace(spec, scan=scan, schema=schema), SearchWorkers(threads=1))
+
+
+def _queries(column: pa.ChunkedArray, join: JoinSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors that can be searched for, and the numbers of their rows."""
+    kind, dimension = column.type, len(join.spec.scan.scanner["nearest"]["q"])
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise InvalidArgumentError("on", join.on, f"is of type {kind}; must be a list of numbers")
+    array = _flat(column)
+    present = np.asarray(array.is_valid())
+    lengths = np.asarray(array.drop_null().value_lengths())
+    if wrong := sorted(set(lengths[lengths != dimension].tolist())):
+        raise InvalidArgumentError("on", join.on, f"has vectors of {wrong[:5]} numbers; the table's have {dimension}")
+    values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    usable = np.isfinite(values.astype(np.float64)).all(axis=1)  # nothing is near what is not a number
+    return np.ascontiguousarray(values[usable]), np.flatnonzero(present)[usable]
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def _exploded(table: pa.Table, found: pa.Table, owner: np.ndarray, join: JoinSpec) -> pa.Table:
+    result = table.take(pa.array(owner, pa.int64()))
+    for name, field in zip(join.names(), found.schema, strict=True):
+        result = result.append_column(field.with_name(name), found.column(field.name))
+    return result
