@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import columns, compaction, planning, reading, writing
+from benchmarks import columns, compaction, planning, reading, searching, writing
 from benchmarks.harness import Result, environment, measure, table, warm_object_store
 
 AREAS = {
@@ -21,13 +21,14 @@ AREAS = {
     "writing": writing.cases,
     "compaction": compaction.cases,
     "columns": columns.cases,
+    "searching": searching.cases,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Run the cases that were asked for; returns what was measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("areas", nargs="*", help=f"any of planning, {', '.join(AREAS)}; all by default")
+    parser.add_argument("areas", nargs="*", help=f"any of planning, recall, {', '.join(AREAS)}; all by default")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each side (default 3)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the published sizes (default 1)")
@@ -65,6 +66,8 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)
         if not options.areas or "planning" in options.areas:
             print(planning.table(list(planning.run(folder, scale))))
+        if "recall" in options.areas or (not options.areas and not options.smoke):
+            print(searching.table(list(searching.recall(folder, scale))))
         areas = [area for area in AREAS if not options.areas or area in options.areas]
         for case in (case for area in areas for case in AREAS[area](folder, scale)):
             if options.only in case.name:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset, TaskPoolStrategy
 
 from lance_ray.arrow import to_arrow
 from lance_ray.errors import InvalidArgumentError
@@ -20,11 +20,11 @@ from lance_ray.nearest import QUERY_INDEX, vector_type
 from lance_ray.options import ScanOptions, check_positive
 from lance_ray.preflight import check_cluster
 from lance_ray.read import ReadSpec
-from lance_ray.search import SearchWorkers, ranked_spec, scanner_options_of, search_rows
+from lance_ray.search import SearchWorkers, choose_index, ranked_spec, scanner_options_of, search_rows
 from lance_ray.table import PinnedTable, TableRef
 
-_BATCH_QUERIES = 1024
-"""Queries that are searched together: one pass over rows without an index serves them all."""
+_FLAT_QUERIES, _INDEX_QUERIES = 256, 64
+"""Queries that are searched together: one pass over rows without an index serves all, an index is asked for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def nearest_join(
     output: str = "neighbors",
     explode: bool = False,
     prefix: str = "",
-    batch_size: int = _BATCH_QUERIES,
-    concurrency: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    concurrency: int | None = None,
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
@@ -79,8 +79,8 @@ def nearest_join(
 ) -> Dataset:
     """The rows of a Ray Dataset with the k nearest rows of a table to the vector in each.
 
-    Lazy, as everything in Ray Data: the search runs when the result is consumed, in actors that open the table once and
-    keep its index in memory. All workers search the version that is resolved now.
+    Lazy, as everything in Ray Data: the search runs when the result is consumed. Each worker process opens the table
+    once, at the version that is resolved now, and keeps it open and its index in memory, also for the next join.
 
     Args:
         ds: the queries.
@@ -99,9 +99,9 @@ def nearest_join(
         explode: instead one row for each neighbour, with its columns beside those of ``ds``; rows without neighbours
             have none.
         prefix: put before the names of these columns.
-        batch_size: queries that are searched together. Without an index a batch reads the whole column once.
-        concurrency: workers, or the least and the most; by default as many as there is work for, up to the CPUs of the
-            cluster.
+        batch_size: queries that are searched together; 256 by default, and 64 through an index. Without an index a
+            batch reads the whole column once, so that larger ones cost less for each query.
+        concurrency: batches at once at most; by default as many as the cluster has CPUs for.
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to search.
@@ -122,7 +122,8 @@ def nearest_join(
         TableNotFoundError, VersionNotFoundError, StorageError, WorkerEnvironmentError: as for ``read_lance``.
     """
     check_positive("k", k, optional=False)
-    check_positive("batch_size", batch_size, optional=False)
+    check_positive("batch_size", batch_size)
+    check_positive("concurrency", concurrency)
     if given := sorted({"column", "q", "k"} & set(nearest or ())):
         raise InvalidArgumentError("nearest", given, "are keywords of nearest_join")
     address = {
@@ -146,16 +147,14 @@ def nearest_join(
     if not ray.is_initialized():
         ray.init()
     check_cluster([table])
-    least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
-    check_positive("concurrency", least)
-    check_positive("concurrency", most)
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    index = choose_index(table.open(), column, nearest or {}, None)
+    batch: Any = join_batch  # Ray declares functions of one argument only
     joined: Dataset = ds.map_batches(
-        NearestWorker,
-        fn_constructor_args=(join,),
+        batch,
+        fn_kwargs={"join": join},
         batch_format="pyarrow",
-        batch_size=batch_size,
-        compute=ActorPoolStrategy(min_size=least or 1, max_size=most or cpus),
+        batch_size=batch_size or (_FLAT_QUERIES if index is None else _INDEX_QUERIES),
+        compute=TaskPoolStrategy(size=concurrency),
         **{"num_cpus": 1, **checked_ray_args(ray_remote_args or {})},
     )
     return joined
@@ -181,42 +180,32 @@ def _check_names(ds: Dataset, join: JoinSpec) -> None:
         )
 
 
-class NearestWorker:
-    """Adds the neighbours to batches of queries. Ray makes one for each worker process."""
+def join_batch(table: pa.Table, join: JoinSpec) -> pa.Table:
+    """Runs on a worker: some queries with their neighbours."""
+    keep_freed_memory()
+    if join.on not in table.schema.names:
+        raise InvalidArgumentError("on", join.on, f"must be a column of ds: {table.schema.names}")
+    if twice := sorted(set(table.schema.names) & set(join.names())):
+        raise InvalidArgumentError("output", twice, "are columns of ds already; choose another name")
+    queries, rows = _queries(to_arrow(table.select([join.on])).column(0), join)
+    found = _search(join.spec, queries)
+    owner = rows[np.asarray(found.column(QUERY_INDEX))] if found.num_rows else np.empty(0, np.int64)
+    found = found.drop_columns([QUERY_INDEX])
+    if join.explode:
+        return _exploded(table, found, owner, join)
+    ends = np.searchsorted(owner, np.arange(table.num_rows + 1)).astype(np.int32)
+    arrays = [_flat(found.column(name)) for name in found.schema.names]
+    structs = pa.StructArray.from_arrays(arrays, fields=list(found.schema))
+    return table.append_column(join.output, pa.ListArray.from_arrays(pa.array(ends), structs))
 
-    def __init__(self, join: JoinSpec) -> None:
-        keep_freed_memory()
-        self._join = join
-        join.spec.table.open()  # before the first batch, so that all of them find it open
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """The batch with its neighbours."""
-        join = self._join
-        if missing := [name for name in [join.on] if name not in table.schema.names]:
-            raise InvalidArgumentError("on", missing, f"must be a column of ds: {table.schema.names}")
-        if twice := sorted(set(table.schema.names) & set(join.names())):
-            raise InvalidArgumentError("output", twice, "are columns of ds already; choose another name")
-        queries, rows = _queries(to_arrow(table.select([join.on])).column(0), join)
-        found = self._search(queries)
-        owner = rows[np.asarray(found.column(QUERY_INDEX))] if found.num_rows else np.empty(0, np.int64)
-        found = found.drop_columns([QUERY_INDEX])
-        if join.explode:
-            return _exploded(table, found, owner, join)
-        ends = np.searchsorted(owner, np.arange(table.num_rows + 1)).astype(np.int32)
-        structs = pa.StructArray.from_arrays(
-            [_flat(found.column(name)) for name in found.schema.names], fields=list(found.schema)
-        )
-        return table.append_column(join.output, pa.ListArray.from_arrays(pa.array(ends), structs))
-
-    def _search(self, queries: np.ndarray) -> pa.Table:
-        spec = self._join.spec
-        if not len(queries):
-            empty = spec.output_schema.empty_table()
-            return empty.add_column(0, QUERY_INDEX, pa.array([], pa.int32()))
-        nearest = {**spec.scan.scanner["nearest"], "q": queries}
-        scan = dataclasses.replace(spec.scan, scanner={**spec.scan.scanner, "nearest": nearest})
-        schema = pa.schema([pa.field(QUERY_INDEX, pa.int32(), nullable=False), *spec.schema], spec.schema.metadata)
-        return search_rows(dataclasses.replace(spec, scan=scan, schema=schema), SearchWorkers(threads=1))
+def _search(spec: ReadSpec, queries: np.ndarray) -> pa.Table:
+    schema = pa.schema([pa.field(QUERY_INDEX, pa.int32(), nullable=False), *spec.schema], spec.schema.metadata)
+    if not len(queries):
+        return schema.empty_table()
+    nearest = {**spec.scan.scanner["nearest"], "q": queries}
+    scan = dataclasses.replace(spec.scan, scanner={**spec.scan.scanner, "nearest": nearest})
+    return search_rows(dataclasses.replace(spec, scan=scan, schema=schema), SearchWorkers(threads=1))
 
 
 def _queries(column: pa.ChunkedArray, join: JoinSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -115,9 +115,12 @@ class ReadSpec:
             kwargs["full_text_query"] = kwargs["full_text_query"]()
         if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
             kwargs["batch_size"] = self.batch_size
-        if self.projection is not None and self.scan.is_search:
-            kwargs["disable_scoring_autoprojection"] = True
         columns = self.scanned_columns(dataset.schema)
+        if self.scan.is_search and columns is not None:
+            # The engine adds the score by itself only for now, and warns of that.
+            if not kwargs.get("disable_scoring_autoprojection") and self.projection is None:
+                columns = _with_score(columns, "_distance" if kwargs.get("nearest") is not None else "_score")
+            kwargs["disable_scoring_autoprojection"] = True
         fragment_id = self.wants(FRAGMENT_ID, asked=self.scan.with_fragment_id)
         return {
             **kwargs,
@@ -126,6 +129,12 @@ class ReadSpec:
             "with_row_id": self.wants(ROW_ID, asked=self.scan.with_row_id) or None,
             "with_row_address": fragment_id or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address) or None,
         }
+
+
+def _with_score(columns: Any, score: str) -> Any:
+    if score in columns:
+        return columns
+    return {**columns, score: score} if isinstance(columns, Mapping) else [*columns, score]
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,8 +245,8 @@ def test_recall_of_ivf_pq_rises_with_probes_and_refinement(sharded, tmp_path: Pa
     for options in steps:
         spec = {"column": "vector", "q": queries, **options}
         figures.append(recall(lance_ray.vector_search(str(tmp_path / "t"), nearest=spec), exact, 10))
-    assert figures == sorted(set(figures))
-    assert figures[-1] > 0.98
+    assert figures[0] < figures[1] <= figures[2]
+    assert figures[2] > 0.98
 
 
 def test_a_filter_comes_before_the_ranking_unless_told_otherwise(sharded, tmp_path: Path):
