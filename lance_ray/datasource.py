@@ -19,8 +19,9 @@ from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
 from lance_ray.errors import InvalidArgumentError
+from lance_ray.executors import check_ray_options
 from lance_ray.memory import keep_freed_memory
-from lance_ray.options import PlanOptions, ScanOptions, check_positive, fold_dataset_options, fold_seed
+from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
 from lance_ray.preflight import check_cluster
@@ -366,6 +367,7 @@ def read_lance(
     Concurrent writers, compactions and deletions do not disturb a read: it stays on its version. Only
     ``cleanup_old_versions`` of that very version does.
     """
+    check_flag("with_metadata", with_metadata)
     version, asof, open_options = fold_dataset_options(
         dataset_options,
         version=version,
@@ -403,6 +405,7 @@ def read_lance(
         "accelerator_type": accelerator_type,
         "runtime_env": runtime_env,
     }
+    _check_remote_args(ray_remote_args, named)
     address = {
         "table_id": table_id,
         "namespace_impl": namespace_impl,
@@ -423,6 +426,13 @@ def read_lance(
         **_remote_args(ray_remote_args, named),
     )
     return dataset
+
+
+def _check_remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> None:
+    check_ray_options(remote_args)
+    for name, value in named.items():
+        if value is not None:
+            check_ray_options({name: value}, name)
 
 
 def _remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> dict[str, Any]:
@@ -451,7 +461,7 @@ def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec
             "uri", f"{len(tables)} tables", "limit, offset, fragment_ids, nearest and full text are for one table"
         )
     schemas = [table_schema(table, _present(table, options, tables)) for table in tables]
-    schema = schemas[0] if len(schemas) == 1 else unify(schemas)
+    schema = schemas[0] if len(schemas) == 1 else unify(schemas, stored=False)
     if options.names is not None:
         schema = pa.schema([schema.field(name) for name in schema.names], schema.metadata)
     return [

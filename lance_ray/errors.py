@@ -303,7 +303,8 @@ def storage_error_kind(message: str) -> StorageErrorKind:
     return next((kind for kind, pattern in _KINDS if pattern.search(message)), "other")
 
 
-def _tidy(message: str, secrets: Iterable[str]) -> str:
+def tidy(message: str, secrets: Iterable[str] = ()) -> str:
+    """What the engine says, without secrets and without places in its source."""
     return redact(_SOURCE_LOCATION.sub("", message).strip().rstrip(","), secrets)
 
 
@@ -335,7 +336,7 @@ def translate(
     error: Exception, action: str, target: str, *, secrets: Iterable[str] = (), version: Any = None
 ) -> Exception:
     """The error of this package that stands for ``error``, or ``error`` itself when it is none of the engine's."""
-    message = _tidy(str(error), secrets)
+    message = tidy(str(error), secrets)
     if isinstance(error, FileNotFoundError) and error.errno == errno.ENOENT and not message.startswith("LanceError"):
         return error
     if _EXISTS.search(message):

@@ -15,6 +15,7 @@ from ray.data import Dataset, SaveMode
 
 from lance_ray import (
     InvalidArgumentError,
+    LanceFragmentWriter,
     LanceRayError,
     SchemaMismatchError,
     StorageError,
@@ -118,6 +119,9 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"resume_rows": -1, "stream": True}, "resume_rows", "at least 0"),
         ({"resume_rows": 10}, "resume_rows", "stream=True"),
         ({"concurrency": 2, "stream": True}, "concurrency", "driver"),
+        ({"stream": 5}, "stream", "True or False"),
+        ({"enable_stable_row_ids": "x"}, "enable_stable_row_ids", "True or False"),
+        ({"allow_external_blob_outside_bases": 5}, "allow_external_blob_outside_bases", "True or False"),
         ({"ray_remote_args": {"num_cpus": 1}, "stream": True}, "ray_remote_args", "driver"),
     ],
     ids=str,
@@ -219,6 +223,36 @@ def test_a_declared_type_that_cannot_be_stored(tmp_path: Path, unstorable: pa.Da
     error = refused(SchemaMismatchError, tmp_path / "new", schema=pa.schema([pa.field("odd", unstorable)]))
     assert error.columns == ("odd",)
     assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("odd", "path"),
+    [
+        (pa.field("a.b", pa.int8()), "a.b"),
+        (pa.field("_rowid", pa.int8()), "_rowid"),
+        (pa.field("s", pa.struct([])), "s"),
+    ],
+    ids=str,
+)
+def test_a_declared_column_that_no_table_can_have(tmp_path: Path, odd: pa.Field, path: str):
+    assert refused(SchemaMismatchError, tmp_path / "new", schema=pa.schema([odd])).columns == (path,)
+    with pytest.raises(SchemaMismatchError):
+        LanceFragmentWriter(tmp_path / "new", schema=pa.schema([odd]))
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (pa.string(), "id"),
+        (pa.list_(pa.int64()), "id"),
+        (pa.timestamp("us"), "id"),
+    ],
+    ids=str,
+)
+def test_a_schema_of_an_append_of_types_that_do_not_fit(table: str, given: pa.DataType, path: str):
+    schema = TYPED.set(0, pa.field("id", given))
+    assert refused(SchemaMismatchError, table, mode="append", schema=schema).columns == (path,)
 
 
 @pytest.mark.parametrize(
