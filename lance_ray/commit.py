@@ -275,7 +275,7 @@ def apply(
 
 
 def _properties(options: CommitOptions, operation_id: str) -> dict[str, str]:
-    properties = {**dict(options.properties), OPERATION_ID: operation_id}
+    properties = {**dict(options.properties), **dict(options.notes), OPERATION_ID: operation_id}
     if options.message is not None:
         properties[LANCE_COMMIT_MESSAGE_KEY] = options.message
     return properties

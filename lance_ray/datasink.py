@@ -560,7 +560,7 @@ def _run_streaming(
 
 def _with_progress(options: CommitOptions, rows: int) -> CommitOptions:
     """The same, noting how many leading rows of the input are in the table with this commit, for a next run."""
-    return dataclasses.replace(options, properties=(*options.properties, (_LEADING_ROWS, str(rows))))
+    return dataclasses.replace(options, notes=((_LEADING_ROWS, str(rows)),))
 
 
 def _tables(ds: Dataset, streaming: _Streaming) -> Iterator[pa.Table]:

@@ -27,6 +27,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 MODES = ("create", "append", "overwrite", "ignore")
 _SAVE_MODES = {"error": "create", "errorifexists": "create", **{mode: mode for mode in MODES}}
+_OWN_PROPERTIES = "lance_ray."
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -388,13 +389,19 @@ class CommitOptions:
 
     message: str | None = None
     properties: Pairs = ()
+    """The caller's own."""
     job_id: str | None = None
     timeout_seconds: float = 600.0
     max_attempts: int = 20
+    notes: Pairs = ()
+    """Properties of this package, which it reads again."""
 
     def __post_init__(self) -> None:
         if self.message is not None and not isinstance(self.message, str):
             raise InvalidArgumentError("commit_message", self.message, "must be text")
+        if taken := [key for key, _ in self.properties if key.startswith(_OWN_PROPERTIES)]:
+            why = f"keys that start with {_OWN_PROPERTIES!r} are lance_ray's own"
+            raise InvalidArgumentError("transaction_properties", taken, why)
         if self.job_id is not None and not (isinstance(self.job_id, str) and _JOB_ID.fullmatch(self.job_id)):
             raise InvalidArgumentError(
                 "job_id", self.job_id, "must be 1 to 128 letters, digits, '.', '_' or '-', not starting with a sign"

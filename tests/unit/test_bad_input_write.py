@@ -107,6 +107,7 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"table_id": ["t"]}, "uri", "table_id"),
         ({"commit_message": 3}, "commit_message", "text"),
         ({"transaction_properties": "a=b"}, "transaction_properties", "mapping"),
+        ({"transaction_properties": {"lance_ray.operation_id": "mine"}}, "transaction_properties", "lance_ray's own"),
         ({"commit_lock": "lock"}, "commit_lock", "callable"),
         ({"job_id": "../up"}, "job_id", "letters"),
         ({"job_id": ""}, "job_id", "1 to 128"),
