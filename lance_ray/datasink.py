@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
 from ray.data.datasource import Datasink, WriteResult
 
 from lance_ray import commit
@@ -33,6 +33,7 @@ from lance_ray.executors import check_ray_options
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
 from lance_ray.preflight import check_cluster
+from lance_ray.retry import RetryPolicy
 from lance_ray.runner import run_tasks
 from lance_ray.table import PinnedTable, TableRef, WriteTarget
 from lance_ray.write import WriteSpec, WrittenFile, format_of, rewrite_file, write_blocks
@@ -344,6 +345,9 @@ def write_lance(
         CommitConflictError: others kept winning.
         CommitOutcomeUnknownError: the commit's answer was lost and the table cannot tell; no file was removed.
 
+    A transient storage error is retried by the number of attempts and the longest wait that
+    ``DataContext.lance_config`` sets for writes; which errors are transient is decided by their type.
+
     After any error but the last the table is as it was, and the files that the job finished are removed (what a killed
     process left goes with :func:`lance_ray.cleanup_orphans` or the next run of the same job id). Concurrent appends all
     land. A concurrent change of the schema that the written rows do not fit is a SchemaMismatchError.
@@ -419,7 +423,7 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
     if named and streaming is not None and mode == "append" and target.base is not None:
         streaming = _resumed(streaming, job, target.base)
     ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
-    spec = WriteSpec(target, job.options, files_schema(target, job.options), ledger)
+    spec = WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
     if spec.schema is None and (known := _known_schema(ds)) is not None:
         check_names(known)
     options = dataclasses.replace(job.commit, job_id=ledger.job_id)
@@ -440,6 +444,11 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
         logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
     skipped = not receipts and streaming is not None and streaming.bundle > 0
     return _report(job, target.table, files, receipts, started, skipped=skipped)
+
+
+def _retry() -> RetryPolicy:
+    config = DataContext.get_current().lance_config
+    return RetryPolicy(config.write_fragments_max_attempts, max_delay=config.write_fragments_retry_max_backoff_s)
 
 
 def _check_workers(ledger: JobRef) -> None:

@@ -65,7 +65,7 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (["list"], {}, TableNotFoundError, ["list"]),
     ([], {}, InvalidArgumentError, ["uri", "[]"]),
     ([T, "other"], {}, LanceRayError, ["id", "int64", "string"]),
-    ([T, "t.lance"], {"limit": 3}, InvalidArgumentError, ["uri", "limit"]),
+    ([T, "t.lance"], {"scanner_options": {"order_by": ["id"]}}, InvalidArgumentError, ["uri", "order_by"]),
     ([T, "t.lance"], {"fragment_ids": [0]}, InvalidArgumentError, ["uri", "fragment_ids"]),
     (42, {}, InvalidArgumentError, ["uri", "int"]),
     ("", {}, InvalidArgumentError, ["uri"]),

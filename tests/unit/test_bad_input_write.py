@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import ray
 from lance import DatasetBasePath
-from ray.data import Dataset, SaveMode
+from ray.data import DataContext, Dataset, SaveMode
 
 from lance_ray import (
     InvalidArgumentError,
@@ -134,6 +134,12 @@ def test_a_bad_argument_is_named_with_what_is_allowed(
     assert error.parameter == parameter
     assert str(error).startswith(f"{parameter}=")
     assert allowed in str(error)
+    assert files_below(tmp_path) == set()
+
+
+def test_ray_settings_of_writes_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DataContext.get_current().lance_config, "write_fragments_max_attempts", 0)
+    assert refused(InvalidArgumentError, tmp_path / "new", schema=TYPED).parameter == "max_attempts"
     assert files_below(tmp_path) == set()
 
 
