@@ -343,7 +343,8 @@ class WriteOptions:
         if not isinstance(given, Sequence) or not all(
             isinstance(base, (lance.DatasetBasePath, BasePath)) for base in given
         ):
-            raise InvalidArgumentError("initial_bases", given, "must be a list of lance.DatasetBasePath")
+            shown = type(given).__name__  # may hold credentials
+            raise InvalidArgumentError("initial_bases", shown, "must be a list of lance.DatasetBasePath")
         object.__setattr__(self, "initial_bases", BasePath.fold(given) or None)
         if given and self.mode == "append":
             raise InvalidArgumentError("initial_bases", given, "can only be given when a table is created")

@@ -216,6 +216,24 @@ def test_an_unreachable_store_is_not_a_missing_table() -> None:
     assert SECRET not in f"{raised.value!r} {raised.value.__cause__!r}"
 
 
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        (f"s4://AKIA:{SECRET}@bucket/t", {}),
+        (f"s4://bucket/t?sig={SECRET}", {}),
+        (T, {"scanner_options": [{"aws_secret_access_key": SECRET}]}),
+        (T, {"dataset_options": [{"aws_secret_access_key": SECRET}]}),
+        (T, {"filter": f"url = 'https://user:{SECRET}@host/x' nonsense"}),
+    ],
+    ids=str,
+)
+def test_no_credential_is_in_an_error(root: Path, monkeypatch: Any, uri: str, options: dict[str, Any]) -> None:
+    monkeypatch.chdir(root)
+    with pytest.raises(LanceRayError) as raised:
+        lance_ray.read_lance(uri, **options)
+    assert SECRET not in f"{raised.value!s} {raised.value!r} {raised.value.__cause__!r} {vars(raised.value)}"
+
+
 def test_an_unreachable_namespace_is_not_a_missing_table() -> None:
     with pytest.raises(StorageError) as raised:
         lance_ray.read_lance(

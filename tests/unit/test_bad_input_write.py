@@ -269,7 +269,10 @@ def test_a_schema_of_an_append_of_types_that_do_not_fit(table: str, given: pa.Da
         lambda uri: refused(InvalidArgumentError, uri, storage_options=[SECRET]),
         lambda uri: refused(InvalidArgumentError, uri, storage_options={("aws_secret_access_key", SECRET): 1}),
         lambda uri: refused(InvalidArgumentError, uri, base_store_params={"s3://b": SECRET}),
-        lambda uri: refused(StorageError, "gopher://host/t", storage_options={"aws_secret_access_key": SECRET}),
+        lambda uri: refused(InvalidArgumentError, uri, initial_bases=[{"aws_secret_access_key": SECRET}]),
+        lambda uri: refused(InvalidArgumentError, f"s3://AKIA:{SECRET}@bucket/t", table_id=["t"]),
+        lambda _: refused(StorageError, f"gopher://AKIA:{SECRET}@host/t"),
+        lambda _: refused(StorageError, "gopher://host/t", storage_options={"aws_secret_access_key": SECRET}),
     ],
 )
 def test_no_secret_is_in_an_error(tmp_path: Path, call: Callable[[str], Any]):
