@@ -21,6 +21,9 @@ Ray tensors of more dimensions                 ``arrow.fixed_shape_tensor`` (sto
 Ray tensors of variable length                 ``large_list``
 =============================================  ==========================================================
 
+A struct without fields, which the engine cannot store, takes the fields that another block gives it; until then a file
+keeps its validity (:func:`in_file`), and a table cannot have it.
+
 Intervals, unions, ragged tensors of several dimensions, tensors of strings and Ray's pickled Python objects have no
 stand-in and are refused with :class:`~lance_ray.errors.SchemaMismatchError`.
 """
@@ -44,6 +47,8 @@ _RAY_PICKLED = "ray.data.arrow_pickled_object"
 _BLOB = "lance.blob.v2"
 _DECLARE = "declare the schema to choose one"
 _ALIGNMENT = 16
+_RESERVED = ("_rowid", "_rowaddr", "_rowoffset", "_row_created_at_version", "_row_last_updated_at_version")
+_NO_FIELDS = pa.struct([pa.field("__lance_ray_no_fields", pa.null())])
 
 
 def to_arrow(block: Any) -> pa.Table:
@@ -66,10 +71,10 @@ def to_arrow(block: Any) -> pa.Table:
     table = block if isinstance(block, pa.Table) else _from_ray(block)
     if not table.num_rows:
         table = _without_pickled(table)
-    return align(table, unify([table.schema]))
+    return align(table, unify([table.schema], stored=False))
 
 
-def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
+def unify(schemas: Iterable[pa.Schema], *, stored: bool = True) -> pa.Schema:
     """One schema that the engine stores and that every block of the given schemas can be aligned to without loss.
 
     Columns keep the order of their first appearance; one that some schema lacks is nullable. ``null`` gives way to any
@@ -79,6 +84,11 @@ def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
     ``unify([schema])`` is the declared ``schema`` with the stand-ins of the module's table. Leave the schemas of blocks
     without rows out while there are others: NumPy gives an empty column a type of its own choice.
+
+    Args:
+        schemas: of blocks, or a declared one.
+        stored: whether this is the schema of a table. It is not while further blocks may give a struct its fields, nor
+            for rows that are read, which may have row ids.
 
     Raises:
         SchemaMismatchError: two types conflict, a type cannot be stored, or names are repeated or unusable.
@@ -90,11 +100,67 @@ def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
         if last is not None and schema.equals(last, check_metadata=True):
             continue
         last = schema
-        stored = _stored_fields(schema, "")
-        fields = stored if fields is None else _merged_fields(fields, stored, "")
+        found = _stored_fields(schema, "")
+        fields = found if fields is None else _merged_fields(fields, found, "")
         metadata = {**(schema.metadata or {}), **metadata}
     metadata.pop(b"pandas", None)
-    return pa.schema(fields or [], metadata=metadata or None)
+    schema = pa.schema(fields or [], metadata=metadata or None)
+    if stored:
+        check_names(schema)
+        _check_fields(schema, "")
+    return schema
+
+
+def check_names(schema: pa.Schema) -> None:
+    """Refuse names that no column of a table can have.
+
+    Raises:
+        SchemaMismatchError: a name has a dot, or is one that the engine keeps for itself.
+    """
+    for name in schema.names:
+        if "." in name:
+            _mismatch(name, "a name without dots", repr(name), "to the engine a dot leads into a struct")
+        if name in _RESERVED:
+            _mismatch(name, "another name", repr(name), "the engine gives every row such a column itself")
+
+
+def in_file(schema: pa.Schema) -> pa.Schema:
+    """The schema of a data file for rows of this one, when further blocks may still have more to say.
+
+    A column of unknown type is left out; it reads as null all the same. A struct without fields gets one that is null,
+    of a name of its own, which :func:`align` passes over on the way back.
+
+    Raises:
+        SchemaMismatchError: as for :func:`check_names`.
+    """
+    check_names(schema)
+    known = [field for field in schema if not pa.types.is_null(field.type)]
+    return pa.schema([field.with_type(_in_file(field.type)) for field in known], schema.metadata)
+
+
+def _in_file(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_in_file(field.type)) for field in kind]) if kind.num_fields else _NO_FIELDS
+    if _is_map(kind):
+        return pa.map_(*(part.with_type(_in_file(part.type)) for part in (kind.key_field, kind.item_field)))
+    if _is_plain_list(kind):
+        make = pa.large_list if pa.types.is_large_list(kind) else pa.list_
+        return make(kind.value_field.with_type(_in_file(kind.value_type)))
+    return kind
+
+
+def _check_fields(fields: Iterable[pa.Field], prefix: str) -> None:
+    """Refuse structs without fields, at any depth."""
+    for field in fields:
+        path, kind = prefix + field.name, getattr(field.type, "storage_type", field.type)
+        if pa.types.is_struct(kind):
+            if not kind.num_fields:
+                why = "the engine cannot store a struct without fields, and no block gives it any"
+                _mismatch(path, "a struct with fields", kind, f"{why}; leave it out or {_DECLARE}")
+            _check_fields(kind, f"{path}.")
+        elif _is_list(kind):
+            parts = [kind.key_field, kind.item_field] if _is_map(kind) else [kind.value_field]
+            _check_fields([part.with_name("") for part in parts], f"{path}[]")
 
 
 def align(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -123,6 +189,31 @@ def align(table: pa.Table, schema: pa.Schema) -> pa.Table:
         return pa.table({"": pa.nulls(table.num_rows)}).replace_schema_metadata(schema.metadata).select([])
     columns = [_column(table, field) for field in schema]
     return engine_safe(pa.Table.from_arrays(columns, schema=schema))
+
+
+def check_fits(given: pa.Schema, schema: pa.Schema) -> None:
+    """Refuse a schema of which :func:`align` could take no rows but nulls.
+
+    Raises:
+        SchemaMismatchError: as for :func:`align`, by the types alone.
+    """
+    _check_columns(given, schema)
+    for field in given:
+        _check_type(field.type, schema.field(field.name).type, field.name)
+
+
+def _check_type(source: pa.DataType, target: pa.DataType, path: str) -> None:
+    if pa.types.is_struct(source) and pa.types.is_struct(target):
+        _check_columns(pa.schema(list(source)), pa.schema(list(target)), f"{path}.")
+        for part in source:
+            _check_type(part.type, target.field(part.name).type, f"{path}.{part.name}")
+    elif _is_list(source) and _is_list(target):
+        sizes = {kind.list_size for kind in (source, target) if pa.types.is_fixed_size_list(kind)}
+        if len(sizes) > 1:
+            _mismatch(path, target, source, "lists of another size")
+        _check_type(source.field(0).type, target.field(0).type, f"{path}[]")
+    else:
+        _convert(pa.nulls(0, source), target, path)
 
 
 def engine_safe(table: pa.Table) -> pa.Table:
@@ -170,7 +261,8 @@ def _reads_as(written: pa.DataType, kind: pa.DataType) -> bool:
         kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
         return kind.num_fields == 0 or (pa.types.is_fixed_size_list(kind) and _reads_as(written, kind.value_type))
     if pa.types.is_struct(written):
-        return all(_reads_as(part.type, kind.field(part.name).type) for part in written)
+        # To the engine a struct without fields is as wide as the file has it.
+        return written.num_fields > 0 and all(_reads_as(part.type, kind.field(part.name).type) for part in written)
     if _is_map(written):
         return _reads_as(written.key_type, kind.key_type) and _reads_as(written.item_type, kind.item_type)
     return _is_list(written) and _reads_as(written.value_type, kind.value_type)
@@ -476,7 +568,9 @@ def _to_dictionary(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
 
 
 def _to_struct(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
-    _check_columns(pa.schema(list(array.type)), pa.schema(list(target)), f"{path}.")
+    mask = array.is_null() if array.null_count else None
+    fields = [] if array.type.equals(_NO_FIELDS) else list(array.type)
+    _check_columns(pa.schema(fields), pa.schema(list(target)), f"{path}.")
     # flatten() hides what lies under a null struct: garbage there must not fail a cast.
     parts = dict(zip((field.name for field in array.type), array.flatten(), strict=True))
     children = []
@@ -485,7 +579,6 @@ def _to_struct(array: pa.Array, target: pa.DataType, path: str) -> pa.Array:
         child = _convert(parts.get(field.name, pa.nulls(len(array))), field.type, name)
         _refuse_nulls(child, field, name, allowed=array.null_count)
         children.append(child)
-    mask = array.is_null() if array.null_count else None
     return pa.StructArray.from_arrays(children, fields=list(target), mask=mask)
 
 

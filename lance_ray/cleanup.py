@@ -8,6 +8,7 @@ from typing import Any
 from lance_ray import commit
 from lance_ray.errors import TableNotFoundError
 from lance_ray.ledger import CleanupReport, cleanup_jobs
+from lance_ray.options import check_flag
 from lance_ray.table import TableRef
 
 
@@ -42,6 +43,7 @@ def cleanup_orphans(
     Raises:
         InvalidArgumentError, StorageError: nothing more is removed; calling again goes on.
     """
+    check_flag("dry_run", dry_run)
     ref = TableRef.fold(
         uri,
         {

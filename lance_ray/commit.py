@@ -261,13 +261,13 @@ def apply(
                 return CommitReceipt(found, attempt, recovered=True)
             if not conflict.retryable or attempt == options.max_attempts or time.monotonic() > deadline:
                 raise
-            logger.info("commit to %s lost against another one, attempt %d: %s", table.uri, attempt, conflict)
+            logger.info("commit to %s lost against another one, attempt %d: %s", table.ref.target, attempt, conflict)
             time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
         except Exception as error:  # the commit was sent: whatever was raised, only the table knows its outcome
             found = _resolve(table, operation, landing, error)
             if found is None:
                 raise
-            logger.warning("the answer of a commit to %s was lost; it is version %d", table.uri, found)
+            logger.warning("the answer of a commit to %s was lost; it is version %d", table.ref.target, found)
             return CommitReceipt(found, attempt, recovered=True)
         else:
             return CommitReceipt(dataset.version, attempt, _landed_changes(operation, dataset, landing))
@@ -275,7 +275,7 @@ def apply(
 
 
 def _properties(options: CommitOptions, operation_id: str) -> dict[str, str]:
-    properties = {**dict(options.properties), OPERATION_ID: operation_id}
+    properties = {**dict(options.properties), **dict(options.notes), OPERATION_ID: operation_id}
     if options.message is not None:
         properties[LANCE_COMMIT_MESSAGE_KEY] = options.message
     return properties
@@ -448,12 +448,14 @@ def commit_rewrites(
         except Exception as error:  # the commit was sent: whatever was raised, only the table knows its outcome
             found = _landed_rewrites(table, standing, error, options)
             if found is not None:
-                logger.warning("the answer of a compaction commit to %s was lost; it is version %d", table.uri, found)
+                logger.warning(
+                    "the answer of a compaction commit to %s was lost; it is version %d", table.ref.target, found
+                )
                 return RewriteReceipt(standing, overtaken, found, recovered=True)
             late = attempt == options.max_attempts or time.monotonic() > deadline
             if not isinstance(error, CommitConflictError) or not error.retryable or late:
                 raise
-            logger.info("compaction commit to %s lost against another one: %s", table.uri, error)
+            logger.info("compaction commit to %s lost against another one: %s", table.ref.target, error)
             rebased = _standing(table, table.open_latest(), standing, planned_indices) == standing
             time.sleep(random.uniform(0, min(_MAX_BACKOFF_SECONDS, 0.05 * 2**attempt)))
     raise CommitConflictError(f"commit {table.uri}: gave up", retryable=True)  # pragma: no cover - the loop ends above

@@ -26,14 +26,22 @@ from lance_ray.errors import (
     OperationFailedError,
     TaskFailedError,
     WorkerEnvironmentError,
+    tidy,
     translate_errors,
 )
-from lance_ray.executors import RayExecutor, checked_ray_args
+from lance_ray.executors import RayExecutor, check_ray_options, checked_ray_args
 from lance_ray.ledger import JobRef, WrittenPath, cleanup_jobs
-from lance_ray.options import CommitOptions, check_positive, fold_dataset_options
+from lance_ray.options import (
+    CommitOptions,
+    check_flag,
+    check_mapping,
+    check_positive,
+    check_seconds,
+    fold_dataset_options,
+)
 from lance_ray.planning.compaction import DEFAULT_TARGET_ROWS, Budget, CommitCadence, Rewrite, RewriteTask, Rewritten
 from lance_ray.preflight import check_cluster
-from lance_ray.progress import Reporter
+from lance_ray.progress import Reporter, check_progress
 from lance_ray.runner import RunOptions, TaskOutcome, run_tasks
 from lance_ray.table import PinnedTable, TableRef, newest
 
@@ -230,7 +238,8 @@ def compact_files(
         micro_commit_batch_size: commit each time so many tasks finished, in the order they finish. None, not positive
             or at least the number of tasks: one commit at the end.
         max_seconds: start no further task after this time; what has finished by then is committed.
-        max_bytes: size of the source files of all tasks together.
+        max_bytes: size of the source files of all tasks together; one that does not fit is passed over, and counted as
+            skipped.
         max_tasks: number of tasks.
         on_failure: what to do about tasks that fail for good, after the others are committed: ``raise`` or ``report``.
         max_replans: how often rewrites lost to concurrent changes are planned again.
@@ -276,6 +285,7 @@ def compact_files(
         max_replans=max_replans,
         progress=progress,
     )
+    check_flag("dry_run", dry_run)
     return preview(job) if dry_run else compact(job)
 
 
@@ -299,18 +309,22 @@ def fold_job(
     progress: bool | Reporter | None,
 ) -> CompactionJob:
     """The job, checked as far as no table is needed."""
-    if budget.max_seconds is not None and not budget.max_seconds > 0:
-        raise InvalidArgumentError("max_seconds", budget.max_seconds, "must be more than 0 seconds")
+    check_seconds("max_seconds", budget.max_seconds)
     check_positive("max_bytes", budget.max_bytes)
     check_positive("max_tasks", budget.max_tasks)
     check_positive("max_replans", max_replans, optional=False, zero=True)
-    micro = micro_commit_batch_size
-    if micro is not None and micro > 0:
-        check_positive("micro_commit_batch_size", micro)
+    micro = _unless_low(micro_commit_batch_size, 0)
+    check_positive("micro_commit_batch_size", micro)
+    check_progress(progress)
     if on_failure not in ("raise", "report"):
         raise InvalidArgumentError("on_failure", on_failure, "must be 'raise' or 'report'")
     at_once, remote_args = workers.fold()
     return CompactionJob(ref, engine, micro, budget, at_once, remote_args, on_failure, progress, max_replans)
+
+
+def _unless_low(count: Any, low: int) -> Any:
+    """A count that is as good as not given up to ``low``."""
+    return None if hasattr(count, "__index__") and count <= low else count
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,15 +340,15 @@ class Workers:
         """Tasks at once at most (None for what the cluster runs), and what Ray is told about each."""
         check_positive("num_workers", self.num_workers)
         check_positive("concurrency", self.concurrency)
-        partitions = None if self.num_partitions is not None and self.num_partitions <= 1 else self.num_partitions
+        partitions = _unless_low(self.num_partitions, 1)
         check_positive("num_partitions", partitions)
         if self.num_workers is not None and partitions is not None and self.num_workers != partitions:
             raise InvalidArgumentError("num_partitions", partitions, f"contradicts num_workers={self.num_workers}")
         workers = self.num_workers or partitions
-        remote_args = dict(self.ray_remote_args or {})
+        remote_args = checked_ray_args({} if self.ray_remote_args is None else self.ray_remote_args)
+        check_ray_options(remote_args)
         if self.concurrency is not None:
             remote_args.setdefault("num_cpus", 1 / self.concurrency)
-        checked_ray_args(remote_args)
         return None if workers is None else workers * (self.concurrency or 1), remote_args
 
 
@@ -342,6 +356,8 @@ def fold_engine_options(
     options: Mapping[str, Any] | None, scan_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The engine's compaction options: known, spelt right, one thread per task unless the caller says otherwise."""
+    check_mapping("compaction_options", options)
+    check_mapping("default_scan_options", scan_options)
     given = {key: value for key, value in (options or {}).items() if value is not None}
     for wrong, right in _MISSPELT.items():
         if wrong in given:
@@ -350,13 +366,16 @@ def fold_engine_options(
                 raise InvalidArgumentError("compaction_options", sorted(given), f"has {right!r} in two spellings")
             given[right] = given.pop(wrong)
     known = sorted(CompactionOptions.__annotations__)
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted(set(given) - set(known), key=str):
         raise InvalidArgumentError("compaction_options", unknown, f"known keys are {known}")
     scan = {key: value for key, value in (scan_options or {}).items() if value is not None}
-    if unknown := sorted(set(scan) - _SCAN_KEYS):
+    if unknown := sorted(set(scan) - _SCAN_KEYS, key=str):
         raise InvalidArgumentError(
             "default_scan_options", unknown, f"a rewrite reads whole fragments; it takes {sorted(_SCAN_KEYS)}"
         )
+    for key, value in scan.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError("default_scan_options", {key: value}, "must be a whole number of at least 1")
     return {"num_threads": 1, **scan, **given}
 
 
@@ -377,17 +396,25 @@ def plan_table(table: PinnedTable, engine: Mapping[str, Any]) -> CompactionPlan:
     with translate_errors("plan the compaction of", table.uri, secrets=table.secrets):
         try:
             plan = Compaction.plan(dataset, cast("CompactionOptions", dict(engine)))
-        except (TypeError, OverflowError) as error:
-            raise InvalidArgumentError("compaction_options", dict(engine), str(error)) from error
-        except ValueError as error:
+        except (TypeError, OverflowError, ValueError) as error:
             if "LanceError" in str(error):
                 raise
-            raise InvalidArgumentError("compaction_options", dict(engine), str(error)) from error
+            raise _refused_option(dataset, engine, error) from error
         target = target_rows(dataset, engine)
         tasks = tuple(_task(task, target) for task in plan.tasks)
         if table.ref.version is not None or table.ref.asof is not None:
             tasks = _standing(table, tasks)
         return CompactionPlan(table, tasks, len(dataset.fragment_ids()), commit.index_names(dataset))
+
+
+def _refused_option(dataset: lance.LanceDataset, engine: Mapping[str, Any], error: Exception) -> InvalidArgumentError:
+    """The error for the option that the engine refuses; it does not say which, so each is tried by itself."""
+    for key, value in engine.items():
+        try:
+            Compaction.plan(dataset, cast("CompactionOptions", {key: value}))
+        except (TypeError, OverflowError, ValueError) as refused:
+            return InvalidArgumentError("compaction_options", {key: value}, tidy(str(refused)))
+    return InvalidArgumentError("compaction_options", sorted(engine), tidy(str(error)))
 
 
 def target_rows(dataset: lance.LanceDataset, engine: Mapping[str, Any]) -> int:

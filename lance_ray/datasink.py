@@ -11,29 +11,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
 from ray.data.datasource import Datasink, WriteResult
 
 from lance_ray import commit
-from lance_ray.arrow import reads_as, to_arrow, unify
+from lance_ray.arrow import check_fits, check_names, in_file, reads_as, to_arrow, unify
 from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
     LanceRayError,
-    SchemaMismatchError,
     StorageError,
     TableExistsError,
     TableNotFoundError,
     translate_errors,
     unwrap,
 )
+from lance_ray.executors import check_ray_options
 from lance_ray.ledger import JobRef
-from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_positive, pairs
+from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
 from lance_ray.preflight import check_cluster
+from lance_ray.retry import RetryPolicy
 from lance_ray.runner import run_tasks
 from lance_ray.table import PinnedTable, TableRef, WriteTarget
 from lance_ray.write import WriteSpec, WrittenFile, format_of, rewrite_file, write_blocks
@@ -234,7 +234,7 @@ def _typed(schema: pa.Schema) -> pa.Schema:
 def written_schema(spec: WriteSpec, file: WrittenFile) -> pa.Schema:
     """The columns that are in the file: those of the declared schema, or those of known type."""
     declared = spec.schema is not None and file.arrow_schema.equals(spec.schema)
-    return file.arrow_schema if declared else _typed(file.arrow_schema)
+    return file.arrow_schema if declared else in_file(file.arrow_schema)
 
 
 def _with_ids_of(spec: WriteSpec, schema: pa.Schema, file: WrittenFile) -> FragmentMetadata:
@@ -306,8 +306,9 @@ def write_lance(
         uri: path or URI of the table.
         table_id: the table's name in a namespace, with ``namespace_impl``; a new table is declared there.
         schema: what the table shall have. Blocks are aligned to it by name: reordered, cast where no value changes
-            (floats may be rounded to a narrower float type that it names), missing nullable columns null. For an append
-            it is the table's own. Without it a new table gets the union of the blocks' schemas.
+            (floats may be rounded to a narrower float type that it names), missing nullable columns null. In an append
+            the table's own decides, and one that cannot fit it is refused. Without a schema a new table gets the union
+            of the blocks' schemas.
         mode: ``create`` (a table must not exist), ``append`` (it must), ``overwrite`` (rows and schema are replaced in
             one commit), ``ignore`` (do nothing if it exists), or Ray's ``SaveMode``.
         min_rows_per_file: other than the default, rows decide how much one task writes; by default bytes do (256 MiB).
@@ -343,6 +344,9 @@ def write_lance(
         SchemaMismatchError: blocks do not fit the schema or each other.
         CommitConflictError: others kept winning.
         CommitOutcomeUnknownError: the commit's answer was lost and the table cannot tell; no file was removed.
+
+    A transient storage error is retried by the number of attempts and the longest wait that
+    ``DataContext.lance_config`` sets for writes; which errors are transient is decided by their type.
 
     After any error but the last the table is as it was, and the files that the job finished are removed (what a killed
     process left goes with :func:`lance_ray.cleanup_orphans` or the next run of the same job id). Concurrent appends all
@@ -380,7 +384,8 @@ def write_lance(
     check_positive("concurrency", concurrency)
     check_positive("batch_size", batch_size)
     check_positive("resume_rows", resume_rows, optional=False, zero=True)
-    _check_remote_args(ray_remote_args)
+    check_flag("stream", stream)
+    check_ray_options(ray_remote_args)
     if not isinstance(ds, Dataset):
         raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
     if not stream and (resume_rows or batch_size is not None):
@@ -393,17 +398,6 @@ def write_lance(
             name, concurrency or sorted(ray_remote_args or ()), "stream=True writes on the driver"
         )
     return _run(job, ds, _Streaming(batch_size, resume_rows) if stream else None)
-
-
-def _check_remote_args(given: Any) -> None:
-    if given is None or given == {}:
-        return
-    if not isinstance(given, dict):
-        raise InvalidArgumentError("ray_remote_args", type(given).__name__, "must be a dict of options of ray.remote")
-    try:
-        ray.remote(**given)(_check_remote_args)  # which checks them, and needs no cluster for it
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError("ray_remote_args", sorted(given), str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,11 +423,9 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
     if named and streaming is not None and mode == "append" and target.base is not None:
         streaming = _resumed(streaming, job, target.base)
     ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
-    declared = job.options.schema
-    schema = target.schema if mode == "append" else None if declared is None else unify([declared])
-    spec = WriteSpec(target, job.options, schema, ledger)
-    if mode == "append" and declared is not None and schema is not None:
-        _check_append_schema(declared, schema)
+    spec = WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
+    if spec.schema is None and (known := _known_schema(ds)) is not None:
+        check_names(known)
     options = dataclasses.replace(job.commit, job_id=ledger.job_id)
     try:
         with ledger.running(f"write ({mode})", exclusive=named):
@@ -452,6 +444,11 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
         logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
     skipped = not receipts and streaming is not None and streaming.bundle > 0
     return _report(job, target.table, files, receipts, started, skipped=skipped)
+
+
+def _retry() -> RetryPolicy:
+    config = DataContext.get_current().lance_config
+    return RetryPolicy(config.write_fragments_max_attempts, max_delay=config.write_fragments_retry_max_backoff_s)
 
 
 def _check_workers(ledger: JobRef) -> None:
@@ -495,15 +492,14 @@ def check_target(target: WriteTarget, options: WriteOptions) -> None:
         raise InvalidArgumentError("data_storage_version", version, f"the table has {dataset.data_storage_version}")
 
 
-def _check_append_schema(given: pa.Schema, table: pa.Schema) -> None:
-    foreign = [name for name in given.names if name not in table.names]
-    if foreign:
-        raise SchemaMismatchError(
-            f"schema names columns {foreign} that the table does not have; its columns are {table.names}",
-            columns=foreign,
-            expected=str(table),
-            actual=str(given),
-        )
+def files_schema(target: WriteTarget, options: WriteOptions) -> pa.Schema | None:
+    """What every file must have: the table's schema for an append, else the declared one where there is one."""
+    declared = None if options.schema is None else unify([options.schema])
+    if target.mode != "append":
+        return declared
+    if declared is not None and target.schema is not None:
+        check_fits(declared, target.schema)
+    return target.schema
 
 
 def _run_tasks(
@@ -573,7 +569,7 @@ def _run_streaming(
 
 def _with_progress(options: CommitOptions, rows: int) -> CommitOptions:
     """The same, noting how many leading rows of the input are in the table with this commit, for a next run."""
-    return dataclasses.replace(options, properties=(*options.properties, (_LEADING_ROWS, str(rows))))
+    return dataclasses.replace(options, notes=((_LEADING_ROWS, str(rows)),))
 
 
 def _tables(ds: Dataset, streaming: _Streaming) -> Iterator[pa.Table]:

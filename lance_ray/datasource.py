@@ -12,15 +12,16 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
 from lance_ray.errors import InvalidArgumentError
+from lance_ray.executors import check_ray_options
 from lance_ray.memory import keep_freed_memory
-from lance_ray.options import PlanOptions, ScanOptions, check_positive, fold_dataset_options, fold_seed
+from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
 from lance_ray.preflight import check_cluster
@@ -34,6 +35,7 @@ from lance_ray.read import (
     scan,
     table_schema,
 )
+from lance_ray.retry import RetryPolicy
 from lance_ray.search import SearchWorkers, search_rows, with_search_options
 from lance_ray.table import PinnedTable, TableRef
 
@@ -102,6 +104,8 @@ class LanceDatasource(Datasource):
         An outline's tasks are real: each plans for itself when run, and reads its share.
         """
         make = functools.partial(_read_task, limit=per_task_row_limit)
+        if len(self._specs) > 1 and _is_counted(self._specs[0].scan) and self._specs[0].has_filter:
+            return [make(self._specs[0], functools.partial(_scan_window, self._specs), _EMPTY)]
         cpus = _cluster_cpus()
         tasks: list[ReadTask] = []
         for spec in self._specs:
@@ -150,6 +154,7 @@ class _Outline:
 
 
 _EMPTY = ReadTaskPlan((), 0, 0)
+_ALL = ReadTaskRows()
 
 
 def _outline(spec: ReadSpec) -> _Outline:
@@ -178,9 +183,9 @@ def _row_bytes(spec: ReadSpec) -> float:
 def _plan(spec: ReadSpec, cut: Cut) -> list[tuple[ReadTaskRows, ReadTaskPlan]]:
     """The rows of each task, in table order. Looks at the fragments, and asks an index once where one can answer."""
     scan_options = spec.scan
-    counted = scan_options.limit is not None or scan_options.offset > 0
+    counted = _is_counted(scan_options)
     if scan_options.is_single_task or (counted and spec.has_filter):
-        return [(ReadTaskRows(), _outline(spec).share(0, 1))]
+        return [(_ALL, _outline(spec).share(0, 1))]
     answer = None if counted else index_answer(spec)
     if answer is not None:
         return _plan_answer(spec, answer, cut)
@@ -207,6 +212,39 @@ def _plan_answer(spec: ReadSpec, answer: Any, cut: Cut) -> list[tuple[ReadTaskRo
         rows = ReadTaskRows(row_ids=part[0].tobytes(), fragment_ids=fragments)
         planned.append((rows, ReadTaskPlan((), part.shape[1], int(part.shape[1] * row_bytes))))
     return planned
+
+
+def _is_counted(options: ScanOptions) -> bool:
+    return options.limit is not None or options.offset > 0
+
+
+def _windows(specs: Sequence[ReadSpec]) -> list[ReadSpec]:
+    """A limit and an offset over all tables, in their order, as one of each table, by the rows that each has."""
+    skip, left = specs[0].scan.offset, specs[0].scan.limit
+    found = []
+    for spec in specs:
+        rows = spec.table.open().count_rows()
+        start = min(skip, rows)
+        count = rows - start if left is None else min(rows - start, left)
+        found.append(dataclasses.replace(spec, scan=dataclasses.replace(spec.scan, offset=start, limit=count)))
+        skip, left = skip - start, None if left is None else left - count
+    return found
+
+
+def _scan_window(specs: Sequence[ReadSpec]) -> Iterable[pa.Table]:
+    """The rows of all tables between a limit and an offset that count the rows that pass a filter."""
+    keep_freed_memory()
+    skip, left = specs[0].scan.offset, specs[0].scan.limit
+    for spec in specs:
+        most = None if left is None else skip + left
+        for table in scan(dataclasses.replace(spec, scan=dataclasses.replace(spec.scan, offset=0, limit=most)), _ALL):
+            part = table.slice(min(skip, table.num_rows), left)
+            skip -= min(skip, table.num_rows)
+            left = None if left is None else left - part.num_rows
+            if part.num_rows:
+                yield part
+        if left == 0:
+            return
 
 
 def _scan_rows(spec: ReadSpec, rows: ReadTaskRows) -> Iterable[pa.Table]:
@@ -333,7 +371,7 @@ def read_lance(
         version: a version number or a tag; the newest by default.
         asof: the newest version that existed at this time, inclusive (datetime or ISO string; naive means local).
         branch: the branch to read.
-        limit: rows to read, over the whole table and in its order.
+        limit: rows to read, over the whole table and in its order (of a list, over all tables in the list's order).
         offset: rows to skip before those.
         nearest: read only the rows nearest to a vector, nearest first, with their ``_distance``: see
             :func:`lance_ray.vector_search`. One block with exactly the k nearest of the whole table comes out, however
@@ -383,9 +421,14 @@ def read_lance(
         StorageError: the store could not be reached, or refused.
         WorkerEnvironmentError: a node of the cluster cannot read it.
 
+    A transient storage error is retried from the row reached, by the number of attempts and the longest wait that
+    ``DataContext.lance_config`` sets for reads (also by ``RAY_DATA_LANCE_READ_FRAGMENTS_...``); which errors are
+    transient is decided by their type and not by its substrings.
+
     Concurrent writers, compactions and deletions do not disturb a read: it stays on its version. Only
     ``cleanup_old_versions`` of that very version does.
     """
+    check_flag("with_metadata", with_metadata)
     version, asof, open_options = fold_dataset_options(
         dataset_options,
         version=version,
@@ -423,6 +466,7 @@ def read_lance(
         "accelerator_type": accelerator_type,
         "runtime_env": runtime_env,
     }
+    _check_remote_args(ray_remote_args, named)
     address = {
         "table_id": table_id,
         "namespace_impl": namespace_impl,
@@ -443,6 +487,13 @@ def read_lance(
         **_remote_args(ray_remote_args, named),
     )
     return dataset
+
+
+def _check_remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> None:
+    check_ray_options(remote_args)
+    for name, value in named.items():
+        if value is not None:
+            check_ray_options({name: value}, name)
 
 
 def _remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> dict[str, Any]:
@@ -466,17 +517,21 @@ def make_datasource(tables: Sequence[PinnedTable], scan_options: ScanOptions, pl
 
 
 def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec]:
-    if len(tables) > 1 and (options.refuses_predicates or options.fragment_ids is not None):
+    if len(tables) > 1 and (options.is_single_task or options.fragment_ids is not None):
         raise InvalidArgumentError(
-            "uri", f"{len(tables)} tables", "limit, offset, fragment_ids, nearest and full text are for one table"
+            "uri", f"{len(tables)} tables", "fragment_ids, order_by, nearest and full text are for one table"
         )
     schemas = [table_schema(table, _present(table, options, tables)) for table in tables]
-    schema = schemas[0] if len(schemas) == 1 else unify(schemas)
+    schema = schemas[0] if len(schemas) == 1 else unify(schemas, stored=False)
     if options.names is not None:
         schema = pa.schema([schema.field(name) for name in schema.names], schema.metadata)
+    config = DataContext.get_current().lance_config
+    retry = RetryPolicy(config.read_fragments_max_attempts, max_delay=config.read_fragments_retry_max_backoff_s)
+    specs = [ReadSpec(table, _present(table, options, tables), schema, retry=retry) for table in tables]
+    if len(specs) > 1 and _is_counted(options) and not specs[0].has_filter:
+        specs = _windows(specs)
     return [
-        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _row_bytes(spec)))
-        for spec in (ReadSpec(table, _present(table, options, tables), schema) for table in tables)
+        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _row_bytes(spec))) for spec in specs
     ]
 
 

@@ -44,8 +44,8 @@ class LanceRayError(Exception):
     """Base of every error that this package raises on purpose."""
 
     def __init__(self, message: str, **data: Any) -> None:
-        super().__init__(message)
-        self.__dict__.update(data)
+        super().__init__(_without_passwords(message))
+        self.__dict__.update({key: _without_passwords(value) for key, value in data.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), str(self), dict(self.__dict__))
@@ -220,8 +220,13 @@ class UnsupportedVersionError(LanceRayError, NotImplementedError):
         )
 
 
+def _without_passwords(value: Any) -> Any:
+    """Text without passwords in URLs. Whatever an error says, this much is certain."""
+    return _PASSWORD.sub(r"\1***", value) if isinstance(value, str) else value
+
+
 def _brief(value: Any, limit: int = 200) -> str:
-    text = repr(value)
+    text = redact(repr(value))
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
@@ -239,6 +244,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """
     for secret in sorted((s for s in secrets if len(s) >= 6), key=len, reverse=True):
         text = text.replace(secret, "***")
+    text = _without_passwords(text)
     return _CREDENTIAL.sub(lambda found: f"{found[found.lastindex or 0]}***", text)
 
 
@@ -247,10 +253,10 @@ _CREDENTIAL = re.compile(
     r"(Authorization[\"']?\s*[=:]\s*[\"']?)[^\"'\n]+"
     r"|(Bearer\s+)[\w.~+/=-]{8,}"
     r"|((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|Signature|AWSAccessKeyId|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)"
-    r"[^\s&\"',)]+)"
-    r"|(://[^/\s:@]+:)[^/\s@]+(?=@)",
+    r"[^\s&\"',)]+)",
     re.IGNORECASE,
 )
+_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^\s@\"']+(?=@)")
 
 # The engine reports by text, not by type: a missing table and an unreachable store are both ValueError. These are
 # the only string matches on engine messages in the package; tests/unit/test_errors.py pins each to what pylance says.
@@ -303,7 +309,8 @@ def storage_error_kind(message: str) -> StorageErrorKind:
     return next((kind for kind, pattern in _KINDS if pattern.search(message)), "other")
 
 
-def _tidy(message: str, secrets: Iterable[str]) -> str:
+def tidy(message: str, secrets: Iterable[str] = ()) -> str:
+    """What the engine says, without secrets and without places in its source."""
     return redact(_SOURCE_LOCATION.sub("", message).strip().rstrip(","), secrets)
 
 
@@ -335,7 +342,7 @@ def translate(
     error: Exception, action: str, target: str, *, secrets: Iterable[str] = (), version: Any = None
 ) -> Exception:
     """The error of this package that stands for ``error``, or ``error`` itself when it is none of the engine's."""
-    message = _tidy(str(error), secrets)
+    message, target = tidy(str(error), secrets), redact(target, secrets)
     if isinstance(error, FileNotFoundError) and error.errno == errno.ENOENT and not message.startswith("LanceError"):
         return error
     if _EXISTS.search(message):

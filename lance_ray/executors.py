@@ -42,8 +42,27 @@ _OURS = frozenset(
 )
 
 
+def check_ray_options(args: Any, parameter: str = "ray_remote_args") -> None:
+    """Refuse what Ray would refuse as options of a task, but now and not when the first one starts.
+
+    Raises:
+        InvalidArgumentError: an unknown option, or a bad value of one.
+    """
+    if args is None or args == {}:
+        return
+    if not isinstance(args, Mapping):
+        raise InvalidArgumentError(parameter, type(args).__name__, "must be a dict of options of ray.remote")
+    try:
+        ray.remote(**args)(check_ray_options)  # which checks them, and needs no cluster for it
+    except (TypeError, ValueError) as error:
+        shown = sorted(map(str, args)) if parameter == "ray_remote_args" else args[parameter]
+        raise InvalidArgumentError(parameter, shown, str(error)) from None
+
+
 def checked_ray_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``ray_remote_args``. Raises InvalidArgumentError for what this package decides itself."""
+    if not isinstance(args, Mapping):
+        raise InvalidArgumentError("ray_remote_args", type(args).__name__, "must be a dict of options of ray.remote")
     if taken := sorted(_OURS.intersection(args)):
         raise InvalidArgumentError("ray_remote_args", taken, "set by lance_ray; retries are RunOptions.retry")
     return dict(args)

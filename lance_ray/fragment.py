@@ -21,10 +21,10 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import WriteResult
 
 from lance_ray.arrow import unify
-from lance_ray.datasink import LanceDatasink, check_target, field_ids, written_schema
+from lance_ray.datasink import LanceDatasink, check_target, field_ids, files_schema, written_schema
 from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
 from lance_ray.ledger import delete_files, untracked
-from lance_ray.options import CommitOptions, WriteOptions, pairs
+from lance_ray.options import CommitOptions, WriteOptions, check_mapping, pairs
 from lance_ray.retry import RetryPolicy
 from lance_ray.table import TableRef, WriteTarget
 from lance_ray.write import WriteSpec, WrittenFile, paths_of, write_blocks
@@ -96,6 +96,8 @@ class LanceFragmentWriter:
             raise InvalidArgumentError(
                 name, True if use_legacy_format else max_rows_per_group, "is of the legacy file format"
             )
+        if transform is not None and not callable(transform):
+            raise InvalidArgumentError("transform", transform, "must be callable")
         ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
         options = WriteOptions(
             mode or "overwrite",
@@ -113,8 +115,7 @@ class LanceFragmentWriter:
         target = _target(ref, options)
         if mode is None and target.base is not None:
             target = dataclasses.replace(target, mode="append")
-        schema = target.schema if target.mode == "append" else options.schema
-        self._spec = WriteSpec(target, options, schema, None, _retry(retry_params))
+        self._spec = WriteSpec(target, options, files_schema(target, options), None, _retry(retry_params))
         self._transform = transform
 
     def __call__(self, batch: Any) -> pa.Table:
@@ -134,8 +135,9 @@ def _target(ref: TableRef, options: WriteOptions) -> WriteTarget:
 
 
 def _retry(given: dict[str, Any] | None) -> RetryPolicy:
+    check_mapping("retry_params", given)
     known = [item.name for item in dataclasses.fields(RetryPolicy)]
-    unknown = sorted(set(given or {}) - set(known))
+    unknown = sorted(set(given or {}) - set(known), key=str)
     if unknown:
         raise InvalidArgumentError("retry_params", unknown, f"known are {known}")
     return RetryPolicy(**(given or {}))
@@ -200,7 +202,7 @@ class LanceFragmentCommitter(LanceDatasink):
         )
         target = _target(ref, options)
         commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
-        spec = WriteSpec(target, options, target.schema if options.mode == "append" else schema)
+        spec = WriteSpec(target, options, files_schema(target, options))
         super().__init__(spec, dataclasses.replace(commit, job_id=commit.operation_id))
 
     @property

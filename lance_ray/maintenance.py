@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from lance_ray.errors import (
     translate_errors,
 )
 from lance_ray.ledger import cleanup_jobs
-from lance_ray.options import check_positive, pairs
+from lance_ray.options import check_flag, check_positive, pairs
 from lance_ray.planning.compaction import Budget
 from lance_ray.progress import Progress, Reporter, reporter_for
 from lance_ray.table import PinnedTable, TableRef, newest
@@ -109,8 +109,12 @@ def cleanup_old_versions(
     """
     check_positive("retain_versions", retain_versions)
     check_positive("delete_rate_limit", delete_rate_limit)
+    check_flag("delete_unverified", delete_unverified)
+    check_flag("error_if_tagged_old_versions", error_if_tagged_old_versions)
+    check_flag("dry_run", dry_run)
     if older_than is not None and not (isinstance(older_than, dt.timedelta) and older_than >= dt.timedelta(0)):
         raise InvalidArgumentError("older_than", older_than, "must be a timedelta, not negative")
+    wanted = _fold_versions(versions)
     address = {
         "table_id": table_id,
         "namespace_impl": namespace_impl,
@@ -128,9 +132,20 @@ def cleanup_old_versions(
         "delete_unverified": delete_unverified,
         "error_if_tagged_old_versions": error_if_tagged_old_versions,
         "delete_rate_limit": delete_rate_limit,
-        "versions": None if versions is None else [int(version) for version in versions],
+        "versions": wanted,
     }
     return _clean(table, ref.target, choice, dry_run=dry_run)
+
+
+def _fold_versions(versions: Any) -> list[int] | None:
+    if versions is None:
+        return None
+    if not isinstance(versions, Iterable) or isinstance(versions, (str, bytes)):
+        raise InvalidArgumentError("versions", versions, "must be a list of version numbers")
+    found = list(versions)
+    for version in found:
+        check_positive("versions", version, optional=False)
+    return [int(version) for version in found]
 
 
 def _clean(table: PinnedTable, target: str, choice: dict[str, Any], *, dry_run: bool) -> VersionCleanupReport:
@@ -232,7 +247,9 @@ def compact_database(
         OperationFailedError: something failed (``on_failure="raise"``); its ``failures`` name the tables.
     """
     check_positive("tables_at_once", tables_at_once, optional=False)
-    if isinstance(database, str) or not all(isinstance(part, str) and part for part in database):
+    check_flag("dry_run", dry_run)
+    names = isinstance(database, Sequence) and not isinstance(database, str)
+    if not names or not all(isinstance(part, str) and part for part in database):
         raise InvalidArgumentError("database", database, "must be a list of names")
     namespace = catalog.NamespaceRef(namespace_impl, pairs(namespace_properties, "namespace_properties") or ())
     ref = TableRef(namespace=namespace, storage_options=pairs(storage_options, "storage_options"))

@@ -29,6 +29,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 MODES = ("create", "append", "overwrite", "ignore")
 _SAVE_MODES = {"error": "create", "errorifexists": "create", **{mode: mode for mode in MODES}}
+_OWN_PROPERTIES = "lance_ray."
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -63,6 +64,26 @@ def check_positive(parameter: str, value: Any, *, optional: bool = True, zero: b
         raise InvalidArgumentError(parameter, value, f"must be a whole number of at least {low}")
 
 
+def check_seconds(parameter: str, value: Any, *, optional: bool = True) -> None:
+    """Refuse what is not a time above zero."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InvalidArgumentError(parameter, value, "must be more than 0 seconds")
+
+
+def check_flag(parameter: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(parameter, value, "must be True or False")
+
+
+def check_mapping(parameter: str, value: Any) -> None:
+    """Refuse what is no mapping of names to values; None is none given."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidArgumentError(parameter, type(value).__name__, "must be a mapping of options")
+
+
 def _strings(parameter: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
         raise InvalidArgumentError(parameter, value, "must be a list of strings")
@@ -85,6 +106,7 @@ class OpenOptions:
         check_positive("metadata_cache_size_bytes", self.metadata_cache_size_bytes, zero=True)
         if self.commit_lock is not None and not callable(self.commit_lock):
             raise InvalidArgumentError("commit_lock", self.commit_lock, "must be callable")
+        check_mapping("default_scan_options", self.default_scan_options)
         if self.default_scan_options is not None:
             object.__setattr__(self, "default_scan_options", dict(self.default_scan_options))
 
@@ -126,11 +148,9 @@ class ScanOptions:
     ) -> ScanOptions:
         """One value from flat keywords, ``scanner_options`` and ``default_scan_options``, in that precedence."""
         for parameter, options in (("scanner_options", scanner_options), ("default_scan_options", defaults)):
-            if options is not None and not isinstance(options, Mapping):
-                raise InvalidArgumentError(parameter, options, "must be a mapping of scanner options")
-            unknown = set(options or ()) - _SCANNER_KEYS
-            if unknown:
-                raise InvalidArgumentError(parameter, sorted(unknown), f"known keys are {sorted(_SCANNER_KEYS)}")
+            check_mapping(parameter, options)
+            if unknown := sorted(set(options or ()) - _SCANNER_KEYS, key=str):
+                raise InvalidArgumentError(parameter, unknown, f"known keys are {sorted(_SCANNER_KEYS)}")
         merged = {**(defaults or {}), **(scanner_options or {})}
         merged.update({key: value for key, value in flat.items() if value is not None and value is not False})
         fragments = merged.pop("fragments", None)
@@ -157,6 +177,8 @@ class ScanOptions:
         check_positive("offset", self.offset, optional=False, zero=True)
         for name in ("batch_size", "batch_size_bytes", "io_buffer_size", "batch_readahead", "fragment_readahead"):
             check_positive(name, self.scanner.get(name))
+        check_flag("with_row_id", self.with_row_id)
+        check_flag("with_row_address", self.with_row_address)
         plain = self.filter is None or isinstance(self.filter, (str, pc.Expression))
         if not plain and not self.is_search:
             raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
@@ -221,12 +243,13 @@ def _or_zero(value: Any) -> Any:
 
 def fold_dataset_options(given: Mapping[str, Any] | None, **flat: Any) -> tuple[Any, Any, OpenOptions]:
     """``version``, ``asof`` and how to open, from lance-ray's ``dataset_options`` and flat keywords, which win."""
+    check_mapping("dataset_options", given)
     merged = {**(given or {}), **{key: value for key, value in flat.items() if value is not None}}
     entries = merged.pop("index_cache_size", None)
     if entries is not None:  # the engine's older unit, of 20 MiB
         check_positive("index_cache_size", entries, zero=True)
         merged.setdefault("index_cache_size_bytes", entries * 20 * 1024**2)
-    unknown = sorted(set(merged) - set(flat))
+    unknown = sorted(set(merged) - set(flat), key=str)
     if unknown:
         raise InvalidArgumentError("dataset_options", unknown, f"known keys are {sorted({*flat, 'index_cache_size'})}")
     version, asof = merged.pop("version", None), merged.pop("asof", None)
@@ -334,6 +357,8 @@ class WriteOptions:
             raise InvalidArgumentError(
                 "min_rows_per_file", self.min_rows_per_file, f"exceeds max_rows_per_file={self.max_rows_per_file}"
             )
+        check_flag("enable_stable_row_ids", self.enable_stable_row_ids)
+        check_flag("allow_external_blob_outside_bases", self.allow_external_blob_outside_bases)
         if self.external_blob_mode not in ("reference", "ingest"):
             raise InvalidArgumentError("external_blob_mode", self.external_blob_mode, "must be 'reference' or 'ingest'")
         if self.allow_external_blob_outside_bases and self.external_blob_mode == "ingest":
@@ -353,7 +378,8 @@ class WriteOptions:
         if not isinstance(given, Sequence) or not all(
             isinstance(base, (lance.DatasetBasePath, BasePath)) for base in given
         ):
-            raise InvalidArgumentError("initial_bases", given, "must be a list of lance.DatasetBasePath")
+            shown = type(given).__name__  # may hold credentials
+            raise InvalidArgumentError("initial_bases", shown, "must be a list of lance.DatasetBasePath")
         object.__setattr__(self, "initial_bases", BasePath.fold(given) or None)
         if given and self.mode == "append":
             raise InvalidArgumentError("initial_bases", given, "can only be given when a table is created")
@@ -399,13 +425,19 @@ class CommitOptions:
 
     message: str | None = None
     properties: Pairs = ()
+    """The caller's own."""
     job_id: str | None = None
     timeout_seconds: float = 600.0
     max_attempts: int = 20
+    notes: Pairs = ()
+    """Properties of this package, which it reads again."""
 
     def __post_init__(self) -> None:
         if self.message is not None and not isinstance(self.message, str):
             raise InvalidArgumentError("commit_message", self.message, "must be text")
+        if taken := [key for key, _ in self.properties if key.startswith(_OWN_PROPERTIES)]:
+            why = f"keys that start with {_OWN_PROPERTIES!r} are lance_ray's own"
+            raise InvalidArgumentError("transaction_properties", taken, why)
         if self.job_id is not None and not (isinstance(self.job_id, str) and _JOB_ID.fullmatch(self.job_id)):
             raise InvalidArgumentError(
                 "job_id", self.job_id, "must be 1 to 128 letters, digits, '.', '_' or '-', not starting with a sign"

@@ -6,9 +6,11 @@ import logging
 import sys
 from dataclasses import dataclass
 from time import monotonic
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
+
+from lance_ray.errors import InvalidArgumentError
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +108,12 @@ class BarReporter:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def check_progress(progress: Any) -> None:
+    """Refuse what can report nothing."""
+    if progress is not None and not isinstance(progress, (bool, Reporter)):
+        raise InvalidArgumentError("progress", progress, "must be True, False or a reporter")
 
 
 def reporter_for(operation: str, total: int | None, progress: bool | Reporter | None) -> Reporter:

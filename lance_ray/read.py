@@ -18,7 +18,7 @@ import pyarrow as pa
 from lance.dataset import serialize_row_addrs
 
 from lance_ray.arrow import row_width
-from lance_ray.errors import InvalidArgumentError, translate_errors
+from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
 from lance_ray.options import ScanOptions
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
 from lance_ray.predicates import apply_residual, columns_of
@@ -85,7 +85,7 @@ class ReadSpec:
         """What the scanner filters by: the caller's filter, and what Ray pushed."""
         if self.scan.filter is None or self.sql is None:
             return self.sql if self.scan.filter is None else self.scan.filter
-        return f"({self.scan.filter}) AND ({self.sql})"
+        return f"({self.scan.filter}\n) AND ({self.sql})"  # the line may end in a comment
 
     def scanned_columns(self, available: pa.Schema) -> Any:
         """The scanner's ``columns``: those that come out of this table, and those that the residual looks at."""
@@ -154,6 +154,9 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
     """
     dataset = table.open()
     _check_columns(dataset, scan)
+    for name, value in scan.scanner.items():  # each by itself: the engine does not say which one it refuses
+        with _argument_errors(name, value):
+            dataset.scanner(**{name: value})
     fragments = _fragments(dataset, scan.fragment_ids)
     if scan.filter is not None and not isinstance(scan.filter, Mapping):
         with _argument_errors("filter", scan.filter):
@@ -193,9 +196,8 @@ class _argument_errors:  # noqa: N801 - a context manager, used as a function
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, TypeError, KeyError, pa.ArrowException)):
-            message = re.sub(r",?\s*/\S+\.rs:\d+:\d+", "", str(error))
-            raise InvalidArgumentError(self._parameter, self._value, message) from None
+        if isinstance(error, (ValueError, TypeError, KeyError, OverflowError, RuntimeError, pa.ArrowException)):
+            raise InvalidArgumentError(self._parameter, self._value, tidy(str(error))) from None
 
 
 def bytes_per_row(table: PinnedTable, schema: pa.Schema) -> float:

@@ -19,6 +19,7 @@ from time import monotonic, sleep
 from typing import Final, TypeVar
 
 from lance_ray.errors import InvalidArgumentError, LanceRayError, StorageError, redact
+from lance_ray.options import check_positive
 
 T = TypeVar("T")
 
@@ -74,12 +75,11 @@ class RetryPolicy:
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise InvalidArgumentError("max_attempts", self.max_attempts, "must be at least 1")
+        check_positive("max_attempts", self.max_attempts, optional=False)
         for name in ("base_delay", "max_delay", "total_seconds"):
-            if not getattr(self, name) >= 0:
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InvalidArgumentError(name, getattr(self, name), "must be 0 or more seconds")
-        if not 0 <= self.jitter <= 1:
+        if not (_is_number(self.jitter) and 0 <= self.jitter <= 1):
             raise InvalidArgumentError("jitter", self.jitter, "must be between 0 and 1")
 
     def next_delay(self, attempt: int, failing_for: float) -> float | None:
@@ -166,6 +166,10 @@ class RetryPolicy:
         while not isinstance(item := self.call(advance, retry_on=retry_on, what=what), _End):
             rows += size(item)
             yield item
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _note_attempts(error: Exception, what: str, attempts: int, seconds: float) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from lance_ray.errors import InvalidArgumentError, TaskFailedError, WorkerEnvironmentError
 from lance_ray.executors import WORKER_LOST, Executor, RayExecutor, Session, Work, Worker, checked_ray_args, name_of
-from lance_ray.progress import Progress, Reporter, reporter_for
+from lance_ray.progress import Progress, Reporter, check_progress, reporter_for
 from lance_ray.retry import RetryPolicy, is_transient, log_retry
 
 T = TypeVar("T")
@@ -69,6 +69,7 @@ class RunOptions:
     cancel_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        check_progress(self.progress)
         object.__setattr__(self, "ray_remote_args", checked_ray_args(self.ray_remote_args))
         for name in ("max_in_flight", "max_worker_losses"):
             count = getattr(self, name)

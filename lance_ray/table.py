@@ -30,6 +30,7 @@ from lance_ray.errors import (
     TableExistsError,
     TableNotFoundError,
     VersionNotFoundError,
+    redact,
     translate_errors,
 )
 from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs
@@ -108,7 +109,12 @@ class TableRef:
     @property
     def target(self) -> str:
         """The address for messages, without secrets."""
-        return self.uri or f"{self.namespace.impl if self.namespace else '?'}:{'.'.join(self.table_id)}"
+        if self.uri is not None:
+            return redact(self.uri)
+        return f"{self.namespace.impl if self.namespace else '?'}:{'.'.join(self.table_id)}"
+
+    def __repr__(self) -> str:
+        return f"TableRef({self.target!r}, version={self.version!r}, asof={self.asof!r}, branch={self.branch!r})"
 
     def locate(self) -> catalog.TableLocation:
         """The physical address, asked of the namespace where there is one."""
@@ -231,6 +237,9 @@ class PinnedTable:
     managed_versioning: bool = False
     stamp: str = ""
     """Tells a table from one dropped before it at the same address, whose versions had the same numbers."""
+
+    def __repr__(self) -> str:
+        return f"PinnedTable({redact(self.uri)!r}, version={self.version}, ref={self.ref!r})"
 
     @property
     def key(self) -> str:

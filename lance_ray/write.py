@@ -19,7 +19,7 @@ from typing import Any, cast
 import pyarrow as pa
 from lance.fragment import FragmentMetadata, write_fragments
 
-from lance_ray.arrow import align, to_arrow, unify
+from lance_ray.arrow import align, in_file, to_arrow, unify
 from lance_ray.errors import InvalidArgumentError, LanceRayError, TableExistsError, translate_errors
 from lance_ray.ledger import JobRef, WrittenPath
 from lance_ray.options import WriteOptions
@@ -148,8 +148,8 @@ def _fitting(table: pa.Table, limit: int | None, used: int) -> int:
 
 def write_file(spec: WriteSpec, chunks: Sequence[pa.Table]) -> WrittenFile:
     """Write one file, replaying it on transient errors, and note it in the ledger before returning."""
-    schema = spec.schema or unify([chunk.schema for chunk in chunks])
-    typed = schema if spec.schema is not None else _without_nulls(schema)
+    schema = spec.schema or unify([chunk.schema for chunk in chunks], stored=False)
+    typed = schema if spec.schema is not None else in_file(schema)
     parts = [part for chunk in chunks for part in _parts(chunk.select(_present(chunk, typed, spec)))]
     aligned = [align(part, typed) for part in parts]
     rows, size = sum(chunk.num_rows for chunk in chunks), sum(chunk.nbytes for chunk in aligned)
@@ -182,11 +182,6 @@ def rewrite_file(spec: WriteSpec, file: WrittenFile) -> WrittenFile:
             return table.file_session(path.base).open_reader(path.path).read_all().to_table()
 
     return write_file(spec, [spec.retry.call(read, retry_on=is_interruption, what="read back")])
-
-
-def _without_nulls(schema: pa.Schema) -> pa.Schema:
-    """The columns of known type. A column that is null in the whole file is left out; it reads as null all the same."""
-    return pa.schema([item for item in schema if not pa.types.is_null(item.type)], schema.metadata)
 
 
 def _present(chunk: pa.Table, typed: pa.Schema, spec: WriteSpec) -> list[str]:

@@ -75,13 +75,16 @@ class Budget:
     max_tasks: int | None = None
 
     def select(self, tasks: Sequence[RewriteTask]) -> tuple[RewriteTask, ...]:
-        """The first tasks that fit, as many as do."""
+        """As many of the first tasks as fit; one that is too large does not keep those after it from their turn."""
         chosen: list[RewriteTask] = []
-        taken = 0
-        for task in tasks[: self.max_tasks]:
-            taken += task.bytes
-            if self.max_bytes is not None and taken > self.max_bytes:
+        left = self.max_bytes
+        for task in tasks:
+            if len(chosen) == self.max_tasks:
                 break
+            if left is not None:
+                if task.bytes > left:
+                    continue
+                left -= task.bytes
             chosen.append(task)
         return tuple(chosen)
 

@@ -147,29 +147,46 @@ def test_both_spellings_at_once_are_refused(uri: str):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        {"compaction_options": {"target_rows": 5}},
-        {"compaction_options": {"target_rows_per_fragment": "many"}},
-        {"compaction_options": {"compaction_mode": "magic"}},
-        {"default_scan_options": {"filter": "id > 3"}},
-        {"num_workers": 0},
-        {"num_workers": 2, "num_partitions": 3},
-        {"concurrency": 0},
-        {"max_seconds": 0},
-        {"max_bytes": 0},
-        {"max_tasks": 0},
-        {"max_replans": -1},
-        {"on_failure": "ignore"},
-        {"index_cache_size": -1},
-        {"block_size": 0},
-        {"ray_remote_args": {"max_retries": 3}},
-        {"table_id": ["t"]},
+        ({"compaction_options": {"target_rows": 5}}, "compaction_options=['target_rows']"),
+        ({"compaction_options": 5}, "compaction_options='int'"),
+        (
+            {"compaction_options": {"batch_size": 10, "target_rows_per_fragment": "many"}},
+            "compaction_options={'target_rows_per_fragment': 'many'}",
+        ),
+        ({"compaction_options": {"compaction_mode": "magic"}}, "compaction_options={'compaction_mode': 'magic'}"),
+        ({"default_scan_options": {"filter": "id > 3"}}, "default_scan_options=['filter']"),
+        ({"default_scan_options": {"batch_size": "x"}}, "default_scan_options={'batch_size': 'x'}"),
+        ({"default_scan_options": 5}, "default_scan_options='int'"),
+        ({"num_workers": 0}, "num_workers=0"),
+        ({"num_partitions": "x"}, "num_partitions='x'"),
+        ({"num_workers": 2, "num_partitions": 3}, "num_partitions=3"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"micro_commit_batch_size": "x"}, "micro_commit_batch_size='x'"),
+        ({"max_seconds": 0}, "max_seconds=0"),
+        ({"max_seconds": "5"}, "max_seconds='5'"),
+        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"max_tasks": 0}, "max_tasks=0"),
+        ({"max_replans": -1}, "max_replans=-1"),
+        ({"on_failure": "ignore"}, "on_failure='ignore'"),
+        ({"progress": 5}, "progress=5"),
+        ({"dry_run": "yes"}, "dry_run='yes'"),
+        ({"index_cache_size": -1}, "index_cache_size=-1"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"ray_remote_args": {"max_retries": 3}}, "ray_remote_args=['max_retries']"),
+        ({"ray_remote_args": {"nope": 5}}, "ray_remote_args=['nope']"),
+        ({"ray_remote_args": 5}, "ray_remote_args='int'"),
+        ({"table_id": ["t"]}, "uri="),
     ],
+    ids=lambda value: str(value)[:60],
 )
-def test_a_bad_argument_is_refused_before_anything_starts(uri: str, arguments: dict[str, Any]):
-    with pytest.raises(InvalidArgumentError):
+def test_a_bad_argument_is_refused_by_name_before_anything_starts(uri: str, arguments: dict[str, Any], message: str):
+    with pytest.raises(InvalidArgumentError) as caught:
         compact_files(uri, **arguments)
+    assert str(caught.value).startswith(message)
+    assert ".rs:" not in str(caught.value)
+    assert "num_threads" not in str(caught.value).partition("known keys")[0]
     assert versions(uri) == [1]
 
 

@@ -285,6 +285,10 @@ def test_each_half_looks_at_the_table_before_any_task_starts(half: Any, table: s
         ({"data_storage_version": "9.9"}, "data_storage_version"),
         ({"retry_params": {"tries": 3}}, "retry_params"),
         ({"retry_params": {"max_attempts": 0}}, "max_attempts"),
+        ({"retry_params": {"max_attempts": "x"}}, "max_attempts"),
+        ({"retry_params": {"max_delay": "x"}}, "max_delay"),
+        ({"retry_params": 5}, "retry_params"),
+        ({"transform": 5}, "transform"),
         ({"target_bases": ["nowhere"]}, "target_bases"),
     ],
 )

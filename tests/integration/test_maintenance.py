@@ -97,9 +97,21 @@ def test_files_of_a_running_job_are_not_put_at_risk(old: str):
     cleanup_old_versions(old, delete_unverified=True)
 
 
-@pytest.mark.parametrize("arguments", [{"older_than": 3}, {"retain_versions": 0}, {"delete_rate_limit": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"older_than": 3},
+        {"retain_versions": 0},
+        {"delete_rate_limit": 0},
+        {"versions": ["x"]},
+        {"versions": 5},
+        {"delete_unverified": "x"},
+        {"dry_run": "x"},
+    ],
+    ids=str,
+)
 def test_a_bad_argument_of_the_clean_up_is_refused(old: str, arguments: dict[str, Any]):
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(InvalidArgumentError, match=f"^{next(iter(arguments))}="):
         cleanup_old_versions(old, **arguments)
 
 
@@ -116,8 +128,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def database(root: Path, **options: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"compaction_options": SMALL, "progress": False} | options
-    items = compact_database(database=[], namespace_impl="dir", namespace_properties={"root": str(root)}, **arguments)
+    arguments: dict[str, Any] = {"database": [], "compaction_options": SMALL, "progress": False} | options
+    items = compact_database(namespace_impl="dir", namespace_properties={"root": str(root)}, **arguments)
     return {item["table_id"][-1]: item for item in items}
 
 
@@ -183,9 +195,29 @@ def test_the_workers_are_one_budget_for_all_tables(root: Path, monkeypatch: pyte
     assert peak == 2
 
 
-@pytest.mark.parametrize("arguments", [{"tables_at_once": 0}, {"num_workers": 0}, {"on_failure": "ignore"}])
+def test_a_bad_option_of_a_look_at_a_table_is_refused(old: str):
+    options: Any = 5
+    with pytest.raises(InvalidArgumentError, match=r"^compaction_options="):
+        table_health(old, compaction_options=options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tables_at_once": 0},
+        {"num_workers": 0},
+        {"on_failure": "ignore"},
+        {"database": None},
+        {"database": [3]},
+        {"max_seconds": "x"},
+        {"compaction_options": 5},
+        {"progress": 5},
+        {"ray_remote_args": {"nope": 5}},
+    ],
+    ids=str,
+)
 def test_a_bad_argument_of_a_database_is_refused(root: Path, arguments: dict[str, Any]):
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(InvalidArgumentError, match=f"^{next(iter(arguments))}="):
         database(root, **arguments)
 
 

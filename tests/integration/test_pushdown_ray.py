@@ -235,7 +235,11 @@ def test_filters_and_selections_chain(name: str, table: Path) -> None:
     assert chain(lance_ray.read_lance(table)).count() == wanted.num_rows > 0
 
 
-@pytest.mark.parametrize("where", ["id > 500 or x < 10", pc.field("id") > 500], ids=["text", "pyarrow"])
+@pytest.mark.parametrize(
+    "where",
+    ["id > 500 or x < 10", pc.field("id") > 500, "id > 500 -- large (ones"],
+    ids=["text", "pyarrow", "with a comment"],
+)
 def test_a_filter_of_the_read_and_a_later_one_both_hold(where: Any, table: Path) -> None:
     dataset = lance_ray.read_lance(table, filter=where).filter(expr=col("group") == 3)
 

@@ -18,7 +18,8 @@ import pytest
 import ray
 from lance.dataset import ColumnOrdering, serialize_row_addrs
 from lance.namespace import RestAdapter
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
+from ray.data.expressions import col
 
 import lance_ray
 from lance_ray.datasource import LanceDatasource
@@ -246,6 +247,34 @@ def test_columns_and_filters_apply_to_each_of_several_tables(tmp_path: Path) -> 
         "left": [2, None, None, None],
         "id": [2, 3, 3, 4],
     }
+
+
+@pytest.mark.parametrize("where", [None, "id % 2 = 0"])
+@pytest.mark.parametrize(
+    ("offset", "limit"), [(0, 3), (0, 0), (7, None), (8, 5), (3, 30), (10, 10), (45, 3), (20, 25), (0, 90)]
+)
+def test_a_limit_over_several_tables_counts_all_rows_in_the_order_of_the_list(
+    tmp_path: Path, where: str | None, offset: int, limit: int | None
+) -> None:
+    for name, first, count in (("a", 0, 10), ("b", 10, 20), ("c", 30, 0), ("d", 30, 17)):
+        write(tmp_path / name, numbers(count, first), fragments=3)
+    options: dict[str, Any] = {"filter": where, "scanner_options": {"limit": limit, "offset": offset}}
+
+    source = source_of([tmp_path / name for name in "abcd"], columns=["id"], **options)
+
+    wanted = [number for number in range(47) if where is None or number % 2 == 0]
+    assert run_here(source)["id"].to_pylist() == wanted[offset:][:limit]
+    assert not source.supports_predicate_pushdown()
+
+
+def test_a_limit_over_several_tables_holds_below_what_follows_it(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 10)):
+        write(tmp_path / name, numbers(10, first))
+    for where in (None, "id >= 4"):
+        limited = lance_ray.read_lance([tmp_path / "a", tmp_path / "b"], filter=where, limit=12)
+        wanted = list(range(20))[0 if where is None else 4 :][:12]
+        assert limited.count() == 12
+        assert rows(limited.filter(expr=col("id") > 9))["id"].to_pylist() == [item for item in wanted if item > 9]
 
 
 # Which columns
@@ -596,6 +625,17 @@ def broken(root: Path, vectors: lance.LanceDataset) -> lance.LanceDataset:
     current = lance.dataset(vectors.uri)
     current.delete("id % 10 = 4")
     return current
+
+
+def test_ray_settings_say_how_often_a_scan_is_tried(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DataContext.get_current().lance_config, "read_fragments_max_attempts", 3)
+    tasks = tasks_of(source_of(table))
+    left = break_scans(monkeypatch, [0] * 5)
+
+    with pytest.raises(StorageError):
+        list(tasks[0]())
+
+    assert left == [0, 0]
 
 
 def test_an_unordered_scan_that_breaks_ends_rather_than_lose_a_row(

@@ -477,6 +477,9 @@ def test_a_stream_that_failed_goes_on_where_its_job_had_stopped(uri: str):
 
     def blocks(fail: bool) -> Dataset:
         def block(number: int) -> pa.Table:
+            deadline = time.monotonic() + 30
+            while fail and number == 5 and time.monotonic() < deadline and lance.dataset(uri).version == 1:
+                time.sleep(0.05)  # until something is in the table
             if fail and number == 5:
                 raise RuntimeError("power cut")
             return wide(1 + 50 * number, 50)

@@ -325,6 +325,67 @@ def test_nulls_inside_take_a_type_and_dictionaries_grow(uri: str, spread: dict[s
     assert {row["d"] for row in rows} == {"x", *many.to_pylist()}
 
 
+EMPTY = pa.struct([])
+
+
+@spread
+@pytest.mark.parametrize("empty_first", [True, False])
+@pytest.mark.parametrize(
+    ("empty", "full", "kind"),
+    [
+        (pa.array([{}, None], EMPTY), [{"x": 1}], pa.struct({"x": pa.int64()})),
+        (pa.array([[{}], []], pa.list_(EMPTY)), [[{"x": 1}]], pa.list_(pa.struct({"x": pa.int64()}))),
+        (
+            pa.array([{"x": {}, "y": 1}, None]),
+            [{"x": {"z": "a"}, "y": 2}],
+            pa.struct({"x": pa.struct({"z": pa.string()}), "y": pa.int64()}),
+        ),
+    ],
+    ids=["column", "in lists", "in structs"],
+)
+def test_a_struct_without_fields_is_the_struct_that_another_block_has(
+    uri: str, spread: dict[str, Any], empty_first: bool, empty: pa.Array, full: list[Any], kind: pa.DataType
+):
+    blocks = [pa.table({"a": empty, "b": [1, 2]}), pa.table({"a": pa.array(full, kind), "b": [3]})]
+    found = stored(uri, *(blocks if empty_first else blocks[::-1]), **spread).sort_by("b")
+    assert found.schema.field("a").type == kind
+    assert found["b"].to_pylist() == [1, 2, 3]
+    assert found["a"].is_valid().to_pylist() == [*empty.is_valid().to_pylist(), True]
+    assert found["a"].to_pylist() == pa.array([*empty.to_pylist(), *full], kind).to_pylist()
+
+
+@spread
+@pytest.mark.parametrize(
+    ("column", "path"),
+    [([{}, {}], "a"), ([{"x": {}, "y": 1}] * 2, "a.x"), ([[{}]] * 2, "a[]")],
+    ids=["column", "in structs", "in lists"],
+)
+def test_a_struct_that_no_block_gives_fields_is_refused_and_leaves_nothing(
+    uri: str, spread: dict[str, Any], column: list[Any], path: str
+):
+    block = pa.table({"a": pa.array(column), "b": [1, 2]})
+    with pytest.raises(SchemaMismatchError, match="declare the schema") as caught:
+        write_lance(dataset(block, block), uri, **spread)
+    assert caught.value.columns == (path,)
+    assert_no_table(uri)
+
+
+def test_a_schema_gives_a_struct_its_fields_from_the_start(uri: str):
+    schema = pa.schema({"id": pa.int64(), "meta": pa.struct({"x": pa.int64()})})
+    write_lance(ray.data.from_items([{"meta": {}, "id": number} for number in range(4)]), uri, schema=schema)
+    assert sorted(written_rows(uri), key=lambda row: row["id"]) == [{"id": n, "meta": {"x": None}} for n in range(4)]
+
+
+@pytest.mark.parametrize("name", ["a.b", "_rowid"])
+def test_a_name_that_no_column_can_have_is_refused(uri: str, name: str):
+    known = dataset(pa.table({name: [1]}))
+    for made in (known, known.map_batches(lambda batch: batch)):  # known to the driver, or not
+        with pytest.raises(SchemaMismatchError, match=f"column '{name}'") as caught:
+            write_lance(made, uri)
+        assert caught.value.columns == (name,)
+        assert_no_table(uri)
+
+
 @spread
 @pytest.mark.parametrize("mode", ["create", "overwrite"])
 def test_blocks_in_another_order_and_with_further_columns_are_put_together(uri: str, spread: dict[str, Any], mode: str):

@@ -25,7 +25,7 @@ from ray.data.extensions import (
     TensorArray,
 )
 
-from lance_ray.arrow import align, engine_safe, reads_as, row_width, to_arrow, unify
+from lance_ray.arrow import align, check_fits, engine_safe, in_file, reads_as, row_width, to_arrow, unify
 from lance_ray.errors import SchemaMismatchError
 
 VECTOR = pa.list_(pa.float32(), 2)
@@ -255,6 +255,35 @@ class TestTypesThroughTheEngine:
             assert caught.value.columns == (path,)
             assert str(array.type) in str(caught.value) or "tensors of" in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("kind", "path"),
+        [
+            (pa.struct([]), "c"),
+            (pa.struct({"x": pa.struct([]), "y": INT}), "c.x"),
+            (pa.list_(pa.struct([])), "c[]"),
+            (pa.large_list(pa.struct({"x": pa.struct([])})), "c[].x"),
+            (pa.map_(TEXT, pa.struct([])), "c[]"),
+        ],
+    )
+    def test_a_table_cannot_have_a_struct_without_fields_at_any_depth(self, kind, path):
+        with pytest.raises(SchemaMismatchError, match="struct with fields") as caught:
+            unify([schema_of(kind)])
+        assert caught.value.columns == (path,)
+
+    @pytest.mark.parametrize("name", ["a.b", ".", "_rowid", "_rowaddr", "_rowoffset", "_row_created_at_version"])
+    def test_a_table_cannot_have_a_column_of_a_name_that_the_engine_refuses(self, name, tmp_path):
+        schema = pa.schema([(name, INT)])
+        with pytest.raises(SchemaMismatchError) as caught:
+            unify([schema])
+        assert caught.value.columns == (name,)
+        with pytest.raises(OSError, match=r"reserved name|cannot contain"):
+            lance.write_dataset(schema.empty_table(), str(tmp_path / "t"))
+
+    def test_fields_of_structs_may_have_names_that_columns_may_not(self, tmp_path):
+        table = pa.table({"s": [{"a.b": 1, "_rowid": 2}]})
+        assert unify([table.schema]) == table.schema
+        assert through_engine(table, str(tmp_path / "t")) == table
+
     @pytest.mark.parametrize("names", [["a", "a"], [""], ["a`b"]])
     def test_names_that_repeat_or_cannot_be_read_are_refused(self, names):
         with pytest.raises(SchemaMismatchError):
@@ -398,6 +427,12 @@ class TestUnify:
             unify([schema_of(pa.list_(pa.struct({"x": left}))), schema_of(pa.list_(pa.struct({"x": right})))])
         assert caught.value.columns == ("c[].x",)
 
+    @pytest.mark.parametrize("wrap", [lambda kind: kind, pa.list_, lambda kind: pa.struct({"in": kind})])
+    @pytest.mark.parametrize("empty_first", [True, False])
+    def test_a_struct_without_fields_takes_those_of_another_block(self, wrap, empty_first):
+        schemas = [schema_of(wrap(pa.struct([]))), schema_of(wrap(STRUCT))]
+        assert unify(schemas if empty_first else schemas[::-1]) == schemas[1]
+
     def test_columns_keep_the_order_of_first_appearance_and_missing_ones_are_nullable(self):
         required = pa.field("a", INT, nullable=False)
         both = pa.field("b", INT, nullable=False)
@@ -429,6 +464,43 @@ class TestUnify:
         }
 
 
+class TestDeclaredSchemas:
+    @pytest.mark.parametrize(
+        ("given", "table"),
+        [
+            (INT, pa.int8()),
+            (pa.float64(), pa.float32()),
+            (TEXT, pa.large_string()),
+            (pa.null(), STRUCT),
+            (pa.list_(pa.float64()), VECTOR),
+            (pa.list_(pa.float64(), 2), pa.list_(INT)),
+            (pa.struct({"x": pa.int8()}), pa.struct({"y": TEXT, "x": INT})),
+            (pa.map_(TEXT, pa.int8()), pa.map_(TEXT, INT)),
+            (TEXT, pa.dictionary(pa.int8(), TEXT)),
+        ],
+    )
+    def test_fit_where_some_of_their_values_do(self, given, table):
+        check_fits(schema_of(given), schema_of(table))
+
+    @pytest.mark.parametrize(
+        ("given", "table", "path"),
+        [
+            (TEXT, INT, "c"),
+            (pa.timestamp("us"), pa.timestamp("us", "UTC"), "c"),
+            (pa.list_(TEXT), pa.list_(INT), "c[]"),
+            (pa.list_(pa.float32(), 3), pa.list_(pa.float32(), 2), "c"),
+            (pa.struct({"x": TEXT}), pa.struct({"x": INT}), "c.x"),
+            (pa.struct({"z": INT}), pa.struct({"x": INT}), "c.z"),
+            (pa.map_(TEXT, TEXT), pa.map_(TEXT, INT), "c[].value"),
+            (INT, STRUCT, "c"),
+        ],
+    )
+    def test_do_not_fit_where_none_can(self, given, table, path):
+        with pytest.raises(SchemaMismatchError) as caught:
+            check_fits(schema_of(given), schema_of(table))
+        assert caught.value.columns == (path,)
+
+
 class TestFilesWrittenBeforeTheSchemaWasKnown:
     @pytest.mark.parametrize(
         ("array", "kind", "readable"),
@@ -444,6 +516,7 @@ class TestFilesWrittenBeforeTheSchemaWasKnown:
             (pa.array([{"a": None}, None], pa.struct({"a": pa.null()})), pa.struct({"a": pa.list_(INT)}), False),
             (pa.array([[("k", None)], None], pa.map_(TEXT, pa.null())), pa.map_(TEXT, INT), True),
             (pa.array(["a"]).dictionary_encode(), pa.dictionary(pa.int64(), TEXT), False),
+            (pa.array([{}, {}], pa.struct([])), STRUCT, False),
         ],
     )
     def test_reads_as_says_what_the_engine_can_read(self, array, kind, readable, tmp_path):
@@ -455,6 +528,23 @@ class TestFilesWrittenBeforeTheSchemaWasKnown:
         with nullcontext() if readable else pytest.raises((pa.ArrowInvalid, OSError)):
             found = lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments)).to_table()
             assert values(found) == values(table)
+
+    @pytest.mark.parametrize(
+        ("rows", "kind", "later"),
+        [
+            ([{}, None], pa.struct([]), pa.struct({"x": INT})),
+            ([[{}, None], None, []], pa.list_(pa.struct([])), pa.large_list(pa.struct({"x": INT}))),
+            ([{"y": 1, "x": {}}, {"y": 2, "x": None}], None, pa.struct({"y": pa.int64(), "x": pa.struct({"z": TEXT})})),
+            ([[("k", {})], None], pa.map_(TEXT, pa.struct([])), pa.map_(TEXT, pa.struct({"x": INT}))),
+        ],
+    )
+    def test_a_struct_without_fields_comes_back_from_a_file_as_valid_as_it_was(self, rows, kind, later, tmp_path):
+        table = pa.table({"c": pa.array(rows, kind), "b": range(len(rows))})
+        stored = in_file(table.schema)
+        found = through_engine(align(table, stored), str(tmp_path / "t"))
+        assert found["b"] == table["b"]
+        wanted = align(table, pa.schema([("c", later), ("b", pa.int64())]))
+        assert align(found, wanted.schema) == wanted
 
 
 LEAVES = [

@@ -65,7 +65,7 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (["list"], {}, TableNotFoundError, ["list"]),
     ([], {}, InvalidArgumentError, ["uri", "[]"]),
     ([T, "other"], {}, LanceRayError, ["id", "int64", "string"]),
-    ([T, "t.lance"], {"limit": 3}, InvalidArgumentError, ["uri", "limit"]),
+    ([T, "t.lance"], {"scanner_options": {"order_by": ["id"]}}, InvalidArgumentError, ["uri", "order_by"]),
     ([T, "t.lance"], {"fragment_ids": [0]}, InvalidArgumentError, ["uri", "fragment_ids"]),
     (42, {}, InvalidArgumentError, ["uri", "int"]),
     ("", {}, InvalidArgumentError, ["uri"]),
@@ -128,6 +128,18 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (T, {"index_cache_size_bytes": -1}, InvalidArgumentError, ["index_cache_size_bytes", "-1"]),
     (T, {"metadata_cache_size_bytes": "1 GB"}, InvalidArgumentError, ["metadata_cache_size_bytes", "1 GB"]),
     (T, {"commit_lock": 3}, InvalidArgumentError, ["commit_lock", "3"]),
+    (T, {"default_scan_options": 5}, InvalidArgumentError, ["default_scan_options", "int"]),
+    (T, {"dataset_options": 5}, InvalidArgumentError, ["dataset_options", "int"]),
+    (T, {"dataset_options": {"default_scan_options": 5}}, InvalidArgumentError, ["default_scan_options", "int"]),
+    (T, {"scanner_options": {"blob_handling": "zz"}}, InvalidArgumentError, ["blob_handling='zz'", "all_binary"]),
+    (T, {"scanner_options": {"late_materialization": 5}}, InvalidArgumentError, ["late_materialization=5"]),
+    (T, {"scanner_options": {"late_materialization": ["no"]}}, InvalidArgumentError, ["late_materialization=['no']"]),
+    (T, {"scanner_options": {"prefilter": "x"}}, InvalidArgumentError, ["prefilter='x'"]),
+    (T, {"scanner_options": {"row_addr_allowlist": b"junk"}}, InvalidArgumentError, ["row_addr_allowlist=b'junk'"]),
+    (T, {"scanner_options": {"with_row_id": "x"}}, InvalidArgumentError, ["with_row_id='x'"]),
+    (T, {"scanner_options": {"io_buffer_size": 2**70}}, InvalidArgumentError, ["io_buffer_size=", "too big"]),
+    (T, {"with_row_address": "x"}, InvalidArgumentError, ["with_row_address='x'"]),
+    (T, {"with_metadata": "x"}, InvalidArgumentError, ["with_metadata='x'"]),
     # searches
     (T, {"scanner_options": {"nearest": {**QUERY, "column": "nope"}}}, InvalidArgumentError, ["nearest", "nope"]),
     (T, {"scanner_options": {"nearest": {**QUERY, "column": "x"}}}, InvalidArgumentError, ["nearest", "x"]),
@@ -142,6 +154,20 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (T, {"override_num_blocks": 0}, InvalidArgumentError, ["override_num_blocks", "0"]),
     (T, {"override_num_blocks": 1.5}, InvalidArgumentError, ["override_num_blocks", "1.5"]),
     (T, {"concurrency": 0}, InvalidArgumentError, ["concurrency", "0"]),
+    # where it runs
+    (T, {"ray_remote_args": {"nope": 1}}, InvalidArgumentError, ["ray_remote_args", "nope", "num_cpus"]),
+    (T, {"ray_remote_args": {"num_cpus": "x"}}, InvalidArgumentError, ["ray_remote_args", "num_cpus"]),
+    (T, {"ray_remote_args": 5}, InvalidArgumentError, ["ray_remote_args", "int", "dict"]),
+    (T, {"ray_remote_args": ["num_cpus"]}, InvalidArgumentError, ["ray_remote_args", "list", "dict"]),
+    (T, {"num_cpus": "x"}, InvalidArgumentError, ["num_cpus='x'"]),
+    (T, {"num_gpus": -1}, InvalidArgumentError, ["num_gpus=-1"]),
+    (T, {"memory": "z"}, InvalidArgumentError, ["memory='z'"]),
+    (T, {"resources": 5}, InvalidArgumentError, ["resources=5"]),
+    (T, {"runtime_env": 5}, InvalidArgumentError, ["runtime_env=5"]),
+    (T, {"max_calls": "k"}, InvalidArgumentError, ["max_calls='k'"]),
+    (T, {"label_selector": 5}, InvalidArgumentError, ["label_selector=5"]),
+    (T, {"fallback_strategy": 5}, InvalidArgumentError, ["fallback_strategy=5"]),
+    (T, {"accelerator_type": 5}, InvalidArgumentError, ["accelerator_type=5"]),
     (T, {"shuffle": -1}, InvalidArgumentError, ["shuffle", "-1"]),
     (T, {"shuffle": "yes"}, InvalidArgumentError, ["shuffle", "yes"]),
     (T, {"shuffle": 1, "scanner_options": {"order_by": ["id"]}}, InvalidArgumentError, ["shuffle", "order_by"]),
@@ -188,6 +214,24 @@ def test_an_unreachable_store_is_not_a_missing_table() -> None:
     assert time.perf_counter() - started < 10
     assert raised.value.kind == "unreachable"
     assert SECRET not in f"{raised.value!r} {raised.value.__cause__!r}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        (f"s4://AKIA:{SECRET}@bucket/t", {}),
+        (f"s4://bucket/t?sig={SECRET}", {}),
+        (T, {"scanner_options": [{"aws_secret_access_key": SECRET}]}),
+        (T, {"dataset_options": [{"aws_secret_access_key": SECRET}]}),
+        (T, {"filter": f"url = 'https://user:{SECRET}@host/x' nonsense"}),
+    ],
+    ids=str,
+)
+def test_no_credential_is_in_an_error(root: Path, monkeypatch: Any, uri: str, options: dict[str, Any]) -> None:
+    monkeypatch.chdir(root)
+    with pytest.raises(LanceRayError) as raised:
+        lance_ray.read_lance(uri, **options)
+    assert SECRET not in f"{raised.value!s} {raised.value!r} {raised.value.__cause__!r} {vars(raised.value)}"
 
 
 def test_an_unreachable_namespace_is_not_a_missing_table() -> None:

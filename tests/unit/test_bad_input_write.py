@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 import ray
 from lance import DatasetBasePath
-from ray.data import Dataset, SaveMode
+from ray.data import DataContext, Dataset, SaveMode
 
 from lance_ray import (
     InvalidArgumentError,
+    LanceFragmentWriter,
     LanceRayError,
     SchemaMismatchError,
     StorageError,
@@ -106,6 +107,7 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"table_id": ["t"]}, "uri", "table_id"),
         ({"commit_message": 3}, "commit_message", "text"),
         ({"transaction_properties": "a=b"}, "transaction_properties", "mapping"),
+        ({"transaction_properties": {"lance_ray.operation_id": "mine"}}, "transaction_properties", "lance_ray's own"),
         ({"commit_lock": "lock"}, "commit_lock", "callable"),
         ({"job_id": "../up"}, "job_id", "letters"),
         ({"job_id": ""}, "job_id", "1 to 128"),
@@ -118,6 +120,9 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"resume_rows": -1, "stream": True}, "resume_rows", "at least 0"),
         ({"resume_rows": 10}, "resume_rows", "stream=True"),
         ({"concurrency": 2, "stream": True}, "concurrency", "driver"),
+        ({"stream": 5}, "stream", "True or False"),
+        ({"enable_stable_row_ids": "x"}, "enable_stable_row_ids", "True or False"),
+        ({"allow_external_blob_outside_bases": 5}, "allow_external_blob_outside_bases", "True or False"),
         ({"ray_remote_args": {"num_cpus": 1}, "stream": True}, "ray_remote_args", "driver"),
     ],
     ids=str,
@@ -129,6 +134,12 @@ def test_a_bad_argument_is_named_with_what_is_allowed(
     assert error.parameter == parameter
     assert str(error).startswith(f"{parameter}=")
     assert allowed in str(error)
+    assert files_below(tmp_path) == set()
+
+
+def test_ray_settings_of_writes_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DataContext.get_current().lance_config, "write_fragments_max_attempts", 0)
+    assert refused(InvalidArgumentError, tmp_path / "new", schema=TYPED).parameter == "max_attempts"
     assert files_below(tmp_path) == set()
 
 
@@ -222,13 +233,46 @@ def test_a_declared_type_that_cannot_be_stored(tmp_path: Path, unstorable: pa.Da
 
 
 @pytest.mark.parametrize(
+    ("odd", "path"),
+    [
+        (pa.field("a.b", pa.int8()), "a.b"),
+        (pa.field("_rowid", pa.int8()), "_rowid"),
+        (pa.field("s", pa.struct([])), "s"),
+    ],
+    ids=str,
+)
+def test_a_declared_column_that_no_table_can_have(tmp_path: Path, odd: pa.Field, path: str):
+    assert refused(SchemaMismatchError, tmp_path / "new", schema=pa.schema([odd])).columns == (path,)
+    with pytest.raises(SchemaMismatchError):
+        LanceFragmentWriter(tmp_path / "new", schema=pa.schema([odd]))
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (pa.string(), "id"),
+        (pa.list_(pa.int64()), "id"),
+        (pa.timestamp("us"), "id"),
+    ],
+    ids=str,
+)
+def test_a_schema_of_an_append_of_types_that_do_not_fit(table: str, given: pa.DataType, path: str):
+    schema = TYPED.set(0, pa.field("id", given))
+    assert refused(SchemaMismatchError, table, mode="append", schema=schema).columns == (path,)
+
+
+@pytest.mark.parametrize(
     "call",
     [
         lambda uri: refused(InvalidArgumentError, uri, storage_options={"aws_secret_access_key": SECRET}, mode="x"),
         lambda uri: refused(InvalidArgumentError, uri, storage_options=[SECRET]),
         lambda uri: refused(InvalidArgumentError, uri, storage_options={("aws_secret_access_key", SECRET): 1}),
         lambda uri: refused(InvalidArgumentError, uri, base_store_params={"s3://b": SECRET}),
-        lambda uri: refused(StorageError, "gopher://host/t", storage_options={"aws_secret_access_key": SECRET}),
+        lambda uri: refused(InvalidArgumentError, uri, initial_bases=[{"aws_secret_access_key": SECRET}]),
+        lambda uri: refused(InvalidArgumentError, f"s3://AKIA:{SECRET}@bucket/t", table_id=["t"]),
+        lambda _: refused(StorageError, f"gopher://AKIA:{SECRET}@host/t"),
+        lambda _: refused(StorageError, "gopher://host/t", storage_options={"aws_secret_access_key": SECRET}),
     ],
 )
 def test_no_secret_is_in_an_error(tmp_path: Path, call: Callable[[str], Any]):

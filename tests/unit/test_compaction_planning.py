@@ -54,6 +54,12 @@ def test_a_budget_takes_the_first_tasks_that_fit(budget: Budget, taken: int):
     assert budget.select(tasks) == tuple(tasks[:taken])
 
 
+def test_a_task_too_large_for_the_budget_is_passed_over_and_those_after_it_are_not():
+    large, small = task(0, size=1000), [task(item) for item in (1, 2, 3)]
+    assert Budget(max_bytes=20).select([large, *small]) == tuple(small[:2])
+    assert Budget(max_bytes=20, max_tasks=1).select([large, *small]) == (small[0],)
+
+
 def test_a_rewrite_stands_while_each_of_its_fragments_is_as_it_was_planned():
     assert task(1, 2).stands(PLANNED, {**PLANNED, 3: "appended"})
 

@@ -309,6 +309,20 @@ def test_what_looks_like_a_credential_is_blanked_out_unasked(text: str):
     assert SECRET not in redact(text)
 
 
+@pytest.mark.parametrize("password", [SECRET, "with/slash"])
+def test_no_error_shows_a_password_in_an_address(password: str):
+    target = f"s3://user:{password}@bucket/t"
+    errors = [
+        TableNotFoundError(target),
+        VersionNotFoundError(target, 3),
+        LanceRayError(f"commit {target}: gave up"),
+        InvalidArgumentError("uri", target, "no"),
+    ]
+    for error in errors:
+        assert password not in f"{error} {vars(error)}"
+        assert "s3://user:***@bucket/t" in str(error)
+
+
 def test_given_secrets_are_blanked_out_wherever_they_stand():
     assert redact(f"key {SECRET}, again {SECRET}!", [SECRET]) == "key ***, again ***!"
 

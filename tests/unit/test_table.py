@@ -166,7 +166,11 @@ def secretive_values() -> list[Any]:
     target = WriteTarget(pinned, other, "append")
     spec = WriteSpec(target, WriteOptions("append"), None, JobRef(pinned, "job"))
     location = catalog.TableLocation("u", (("k", SECRET),))
-    return [ref, named, named.namespace, pinned, other, target, spec, spec.job, location]
+    signed = fold(f"s3://AKIA:{SECRET}@bucket/t")
+    return [
+        *[ref, named, named.namespace, pinned, other, target, spec, spec.job, location],
+        *[signed, PinnedTable(signed, f"s3://AKIA:{SECRET}@bucket/t", 3)],
+    ]
 
 
 @pytest.mark.parametrize("value", secretive_values(), ids=lambda value: type(value).__name__)
@@ -187,6 +191,11 @@ def test_the_cache_key_tells_credentials_apart_and_shows_none():
     ]
     assert pinned[0].key != pinned[1].key
     assert SECRET not in pinned[0].key
+
+
+def test_the_address_for_messages_shows_where_but_no_password():
+    assert fold("s3://AKIA:some/secret@bucket/t").target == "s3://AKIA:***@bucket/t"
+    assert fold("abfss://container@account.dfs.core.windows.net/t").target.startswith("abfss://container@account")
 
 
 def test_every_place_of_a_secret_is_known_to_messages():
