@@ -11,6 +11,7 @@ version) and *commit* (one module), and each question has one file:
 ====================  ==================================================================================
 ``errors``            the error tree; the only translation of what pylance, namespaces and Ray raise
 ``options``           frozen option groups; every check of an argument that needs no table
+``stores``            options of object stores, in every form that users write them
 ``catalog``           the only place that talks to namespaces
 ``table``             which table: asked for, resolved, about to be written; the only place that opens
 ``arrow``             blocks to Arrow, one schema, alignment by name and type
@@ -30,6 +31,7 @@ version) and *commit* (one module), and each question has one file:
 ``datasink``          ``write_lance`` and Ray's Datasink
 ``fragment``          writers and committers made by hand
 ``cleanup``           ``cleanup_orphans``
+``namespaces``        catalogs for users: connect, create, register, list, describe, drop
 ``transforms``        what computes columns: SQL, functions, classes
 ``column_commits``    what a change of columns commits, and what it makes of changes by others
 ``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
@@ -52,6 +54,7 @@ Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connect
 ``LANCE_RAY_PATCH_RAY_DATA=0``; :func:`restore_ray_data` undoes it. It never starts Ray and opens no file.
 """
 
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
 from lance_ray.column_merge import add_columns_from, merge_columns_from
@@ -78,6 +81,7 @@ from lance_ray.errors import (
     TableExistsError,
     TableNotFoundError,
     TaskFailedError,
+    UnsupportedCallError,
     UnsupportedVersionError,
     VersionNotFoundError,
     WorkerEnvironmentError,
@@ -92,15 +96,28 @@ from lance_ray.maintenance import (
     cleanup_old_versions,
     compact_database,
 )
+from lance_ray.namespaces import (
+    TableDescription,
+    connect,
+    create_lance_table_rest,
+    create_table,
+    describe_table,
+    drop_table,
+    list_tables,
+    register_lance_table_rest,
+    register_table,
+)
 from lance_ray.nearest_join import nearest_join
 from lance_ray.pools import WarmWorkers, clear_global_pool, get_global_pool, init_global_pool, set_global_pool
 from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, restore_ray_data
 from lance_ray.search import vector_search
+from lance_ray.stores import AzureConfig, GCSConfig, IOConfig, OSSConfig, S3Config
 from lance_ray.text_search import full_text_search, hybrid_search
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AzureConfig",
     "ChangeReport",
     "CleanupReport",
     "ColumnsReport",
@@ -110,22 +127,29 @@ __all__ = [
     "CompactionPreview",
     "CompactionReport",
     "FragmentHealth",
+    "GCSConfig",
+    "IOConfig",
     "IndexHealth",
     "InvalidArgumentError",
     "LanceFragmentCommitter",
     "LanceFragmentWriter",
     "LanceRayError",
+    "LanceRestConfig",
+    "OSSConfig",
     "OperationFailedError",
     "PlannedRewrite",
     "RowCoverageError",
+    "S3Config",
     "SchemaMismatchError",
     "SnapshotChangedError",
     "StorageError",
     "TableCompaction",
+    "TableDescription",
     "TableExistsError",
     "TableHealth",
     "TableNotFoundError",
     "TaskFailedError",
+    "UnsupportedCallError",
     "UnsupportedVersionError",
     "VersionCleanupReport",
     "VersionNotFoundError",
@@ -140,17 +164,25 @@ __all__ = [
     "clear_global_pool",
     "compact_database",
     "compact_files",
+    "connect",
+    "create_lance_table_rest",
+    "create_table",
     "delete",
+    "describe_table",
     "drop_columns",
+    "drop_table",
     "full_text_search",
     "get_global_pool",
     "hybrid_search",
     "init_global_pool",
+    "list_tables",
     "merge_columns",
     "merge_columns_from",
     "nearest_join",
     "patch_ray_data",
     "read_lance",
+    "register_lance_table_rest",
+    "register_table",
     "restore",
     "restore_ray_data",
     "set_global_pool",

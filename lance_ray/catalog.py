@@ -1,10 +1,22 @@
-"""The only place that talks to Lance Namespaces: connect, describe, declare, and whose storage options win."""
+"""The only place that talks to Lance Namespaces: connect, describe, declare, and whose storage options win.
+
+Every process has one client for each namespace, wrapped (:class:`CatalogClient`) so that all implementations behave
+alike: a call has a time limit, errors carry no secret, and what ``describe_table`` vended is asked for again only when
+it is about to expire, however many readers and writers of the process want it.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
 import os
+import pickle
+import queue
 import re
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,32 +30,110 @@ from lance_ray.errors import (
     StorageErrorKind,
     TableExistsError,
     TableNotFoundError,
+    UnsupportedCallError,
     redact,
     storage_error_kind,
 )
-from lance_ray.options import Pairs
+from lance_ray.options import Pairs, pairs
+
+CALL_SECONDS = 120.0
+"""How long one answer of a namespace is waited for, where nothing else is said."""
+
+EXPIRES, REFRESH_OFFSET = "expires_at_millis", "refresh_offset_millis"
 
 _CACHE_SIZE = int(os.environ.get("LANCE_RAY_NAMESPACE_CACHE_SIZE", "16"))
+_PACKAGES = {
+    **dict.fromkeys(("glue", "hive2", "hive3", "iceberg", "polaris", "unity"), "lance_namespace_impls"),
+    "dlf": "lance_dlf",
+}
+_SECRET_KEY = re.compile(r"key|secret|token|password|credential|auth|header|sas|signature", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class LanceRestConfig:
+    """A REST namespace server, for ``rest://namespace/table`` addresses.
+
+    Args:
+        base_url: where the server is, with ``http://`` or ``https://``.
+        api_key: sent as the header ``x-api-key``.
+        timeout: seconds that one answer is waited for; 120 by default.
+        headers: further headers of each request.
+
+    Raises:
+        InvalidArgumentError: no URL, or a timeout that is not positive.
+    """
+
+    base_url: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float | None = None
+    headers: Mapping[str, str] | None = field(default=None, repr=False, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base_url, str) or "://" not in self.base_url:
+            raise InvalidArgumentError("base_url", self.base_url, "must be a URL with http:// or https://")
+        if self.timeout is not None and not (isinstance(self.timeout, (int, float)) and self.timeout > 0):
+            raise InvalidArgumentError("timeout", self.timeout, "must be more than 0 seconds")
+
+    def namespace(self) -> NamespaceRef:
+        """The namespace that the server is."""
+        headers = {**(self.headers or {}), **({} if self.api_key is None else {"x-api-key": self.api_key})}
+        named = {f"header.{name}": value for name, value in headers.items()}
+        properties = pairs({"uri": self.base_url.rstrip("/"), **named}, "rest_config") or ()
+        return NamespaceRef("rest", properties, timeout=self.timeout or CALL_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceRef:
-    """Which namespace: hashable, so that each process keeps one client, and shipped to workers instead of a client."""
+    """Which namespace: hashable, so that each process keeps one client, and shipped to workers instead of a client.
+
+    A namespace object of the caller's is shipped itself where it pickles. Where it does not (those of the engine hold
+    a connection), workers go by what the driver resolved, which is refused when that would expire.
+    """
 
     impl: str
     properties: Pairs = field(default=(), repr=False)
+    timeout: float = CALL_SECONDS
+    token: str = ""
+    """Tells one object of a caller's from another."""
+    connected: Any = field(default=None, repr=False, compare=False)
 
-    def client(self) -> Any:
-        """The connected client of this process."""
-        return _client(self)
+    @classmethod
+    def fold(cls, impl: Any, properties: Any) -> NamespaceRef:
+        """The namespace of a name, a class path or a connected object.
+
+        Raises:
+            InvalidArgumentError: it is none of these.
+        """
+        if isinstance(impl, NamespaceRef):
+            return impl
+        if isinstance(impl, str) and impl:
+            return cls(impl, pairs(properties, "namespace_properties") or ())
+        if not callable(getattr(impl, "describe_table", None)):
+            allowed = "must be the name of an implementation, a class path, or a connected namespace"
+            raise InvalidArgumentError("namespace_impl", type(impl).__name__, allowed)
+        if isinstance(impl, CatalogClient):
+            return impl.ref
+        if properties:
+            raise InvalidArgumentError("namespace_properties", sorted(properties), "the namespace is connected already")
+        return cls(type(impl).__name__, token=f"{id(impl)}-{time.monotonic_ns()}", connected=impl)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        connected = self.connected if self.ships else None
+        return NamespaceRef, (self.impl, self.properties, self.timeout, self.token, connected)
+
+    @property
+    def ships(self) -> bool:
+        """Whether workers can have a client of this namespace."""
+        return not self.token or (self.connected is not None and _pickles(self.connected))
+
+    def client(self) -> CatalogClient | None:
+        """The connected client of this process; None on a worker that cannot have one."""
+        return None if self.token and self.connected is None else _client(self)
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """Values that may be credentials, for :func:`lance_ray.errors.redact`."""
-        return tuple(value for key, value in self.properties if _SECRET_KEY.search(key))
-
-
-_SECRET_KEY = re.compile(r"key|secret|token|password|credential|auth|header|sas|signature", re.IGNORECASE)
+        return secret_values(self.properties)
 
 
 def secret_values(options: Pairs | None) -> tuple[str, ...]:
@@ -51,14 +141,164 @@ def secret_values(options: Pairs | None) -> tuple[str, ...]:
     return tuple(value for key, value in options or () if _SECRET_KEY.search(key))
 
 
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # noqa: BLE001  # whatever an object of the caller's raises: it does not
+        return type(value).__module__ == "__main__"  # Ray ships such a class by value
+    return True
+
+
 @functools.lru_cache(maxsize=max(1, _CACHE_SIZE))
-def _client(ref: NamespaceRef) -> Any:
+def _client(ref: NamespaceRef) -> CatalogClient:
+    return CatalogClient(ref, ref.connected if ref.token else _connect(ref))
+
+
+def _connect(ref: NamespaceRef) -> Any:
+    package = _PACKAGES.get(ref.impl)
+    if package is not None:
+        try:
+            importlib.import_module(package)  # which registers its implementations
+        except ImportError:
+            raise InvalidArgumentError(
+                "namespace_impl", ref.impl, f"needs the package {package!r}: pip install 'lance-ray[{ref.impl}]'"
+            ) from None
     try:
         return lance_namespace.connect(ref.impl, dict(ref.properties))
-    except (ValueError, ImportError, TypeError, AttributeError) as error:
-        raise InvalidArgumentError(
-            "namespace_impl", ref.impl, f"cannot be connected: {redact(str(error), ref.secrets)}"
-        ) from None
+    except Exception as error:  # noqa: BLE001  # implementations raise what they like while they connect
+        message = redact(str(error), ref.secrets)
+        if storage_error_kind(message) == "unreachable":
+            raise StorageError(f"connect to {ref.impl}: {message}", kind="unreachable", target=ref.impl) from None
+        raise InvalidArgumentError("namespace_impl", ref.impl, f"cannot be connected: {message}") from None
+
+
+class CatalogClient(lance_namespace.LanceNamespace):
+    """A namespace of any kind, for the package and for the engine alike.
+
+    The engine calls it from threads of its own, with plain dicts in the place of requests.
+    """
+
+    def __init__(self, ref: NamespaceRef, inner: Any) -> None:
+        self.ref = ref
+        self._inner = inner
+        self._lock = threading.Lock()
+        self._described: dict[tuple[str, ...], _Described] = {}
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is the engine's own, which understands what the engine sends."""
+        return type(self._inner).__module__.partition(".")[0] == "lance"
+
+    def namespace_id(self) -> str:
+        """Tells this client from one with other credentials, which the engine must not mix up."""
+        text = repr((self.ref.properties, self.ref.token))
+        return f"{self._inner.namespace_id()} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+    def describe_table(self, request: Any) -> Any:
+        """What the namespace says of a table; the last answer as long as its credentials last."""
+        asked = _as_request("describe_table", request)
+        key = (*asked.id, str(asked.version or ""))
+        with self._lock:  # one question for all that wait for the same answer
+            known = self._described.get(key)
+            if known is None or not known.is_fresh():
+                known = self._described[key] = self._ask(asked)
+        return known.unwrap()
+
+    def fresh(self, method: str, request: Any) -> Any:
+        """An answer of now, for what is decided by it. Raises what the implementation raises."""
+        answer = self._within(method, request)
+        if method == "describe_table":
+            with self._lock:
+                self._described[*request.id, str(request.version or "")] = _Described(answer, None)
+        return answer
+
+    def _ask(self, request: Any) -> _Described:
+        try:
+            return _Described(self._within("describe_table", request), None)
+        except Exception as error:  # noqa: BLE001  # raised again for all who ask within a moment
+            return _Described(None, RuntimeError(redact(f"{type(error).__name__}: {error}", self.ref.secrets)))
+
+    def _within(self, method: str, request: Any) -> Any:
+        call = getattr(self._inner, method)
+        return _within(lambda: call(request), self.ref.timeout, f"{method} of {self.ref.impl}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client, (self.ref,)
+
+    def __repr__(self) -> str:
+        return f"CatalogClient({self.ref.impl!r})"
+
+
+def _delegated(name: str) -> Callable[[CatalogClient, Any], Any]:
+    def call(self: CatalogClient, request: Any) -> Any:
+        return self._within(name, request if self.is_native else _as_request(name, request))
+
+    return call
+
+
+for _name in dir(lance_namespace.LanceNamespace):
+    _takes = "".join(part.title() for part in _name.split("_")) + "Request"
+    if _name != "describe_table" and hasattr(lance_namespace, _takes):
+        setattr(CatalogClient, _name, _delegated(_name))
+
+
+def _as_request(method: str, request: Any) -> Any:
+    if hasattr(request, "id") or not isinstance(request, Mapping):
+        return request
+    kind = getattr(lance_namespace, "".join(part.title() for part in method.split("_")) + "Request")
+    return kind.from_dict({key: value for key, value in request.items() if value is not None})
+
+
+class _Described:
+    """An answer, or a failure, and until when it holds."""
+
+    _STATIC_SECONDS, _FAILED_SECONDS = 5.0, 1.0
+
+    def __init__(self, answer: Any, failure: Exception | None) -> None:
+        self._answer, self._failure = answer, failure
+        now = time.time()
+        options = (getattr(answer, "storage_options", None) or {}) if answer is not None else {}
+        self._until = now + (self._STATIC_SECONDS if failure is None else self._FAILED_SECONDS)
+        if EXPIRES in options:
+            expires = int(options[EXPIRES]) / 1000
+            self._until = expires - refresh_margin(expires - now)
+
+    def is_fresh(self) -> bool:
+        return time.time() < self._until
+
+    def unwrap(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        return self._answer
+
+
+def refresh_margin(lifetime: float) -> float:
+    """How many seconds before their end credentials are renewed: a fifth of their life, a minute at most."""
+    return max(0.0, min(60.0, lifetime / 5))
+
+
+def _within(call: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The result of a call that may hang; its thread is left behind when it does.
+
+    Raises:
+        StorageError: no answer in time.
+    """
+    ended: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((call(), None))
+        except BaseException as error:  # noqa: BLE001  # raised again where the call was made
+            ended.put((None, error))
+
+    threading.Thread(target=run, name="lance-ray-namespace", daemon=True).start()
+    try:
+        result, error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise StorageError(f"{what}: no answer within {seconds:g} s", kind="unreachable", target=what) from None
+    if error is not None:
+        raise error
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +318,42 @@ def describe(ref: NamespaceRef, table_id: tuple[str, ...]) -> TableLocation:
         StorageError: it did not answer, or refused.
     """
     request = lance_namespace.DescribeTableRequest(id=list(table_id), vend_credentials=True)
-    return _location(_call(ref, table_id, "describe_table", request))
+    return _location(ref, _call(ref, table_id, "describe_table", request))
 
 
-def declare(ref: NamespaceRef, table_id: tuple[str, ...]) -> TableLocation:
+def declare(ref: NamespaceRef, table_id: tuple[str, ...], location: str | None = None) -> TableLocation:
     """Reserve a table that does not exist yet, and where it shall lie. Raises TableExistsError when it does."""
-    request = lance_namespace.DeclareTableRequest(id=list(table_id), vend_credentials=True)
-    return _location(_call(ref, table_id, "declare_table", request))
+    request = lance_namespace.DeclareTableRequest(id=list(table_id), location=location, vend_credentials=True)
+    return _location(ref, _call(ref, table_id, "declare_table", request))
+
+
+def register(ref: NamespaceRef, table_id: tuple[str, ...], location: str) -> None:
+    """Enter a table that exists into the namespace.
+
+    Raises:
+        TableExistsError: there is one of this id.
+        StorageError: it did not answer, or refused.
+    """
+    request = lance_namespace.RegisterTableRequest(id=list(table_id), location=location)
+    try:
+        _call(ref, table_id, "register_table", request)
+    except UnsupportedCallError:
+        declare(ref, table_id, location)  # which is how implementations without the call take one
+
+
+def drop(ref: NamespaceRef, table_id: tuple[str, ...]) -> None:
+    """Remove a table and its files.
+
+    Raises:
+        TableNotFoundError: there is none.
+        UnsupportedCallError: the implementation cannot.
+    """
+    _call(ref, table_id, "drop_table", lance_namespace.DropTableRequest(id=list(table_id)))
+
+
+def deregister(ref: NamespaceRef, table_id: tuple[str, ...]) -> None:
+    """Remove a table from the namespace, and leave its files."""
+    _call(ref, table_id, "deregister_table", lance_namespace.DeregisterTableRequest(id=list(table_id)))
 
 
 def list_tables(ref: NamespaceRef, database: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -95,13 +364,16 @@ def list_tables(ref: NamespaceRef, database: tuple[str, ...]) -> list[tuple[str,
     """
     found: list[tuple[str, ...]] = []
     token = None
+    # Others find out what is only declared by opening each table, without its credentials.
+    client = ref.client()
+    declared = client is None or not client.is_native
     while True:
-        request = lance_namespace.ListTablesRequest(id=list(database), page_token=token, include_declared=False)
+        request = lance_namespace.ListTablesRequest(id=list(database), page_token=token, include_declared=declared)
         response = _call(ref, database, "list_tables", request)
         found += [(*database, str(name)) for name in response.tables]
-        token = response.page_token
-        if not token:
+        if not response.page_token or response.page_token == token:
             return found
+        token = response.page_token
 
 
 def merge_options(callers: Pairs | None, vended: Pairs | None) -> Pairs | None:
@@ -109,11 +381,23 @@ def merge_options(callers: Pairs | None, vended: Pairs | None) -> Pairs | None:
     return tuple(sorted({**dict(callers or ()), **dict(vended or ())}.items())) or None
 
 
-def _location(response: Any) -> TableLocation:
+def _location(ref: NamespaceRef, response: Any) -> TableLocation:
     if not response.location:
         raise LanceRayError("the namespace gave no location for the table")
-    options = tuple(sorted((str(k), str(v)) for k, v in (response.storage_options or {}).items())) or None
-    return TableLocation(response.location, options, getattr(response, "managed_versioning", None) is True)
+    options = {str(key): str(value) for key, value in (response.storage_options or {}).items()}
+    if EXPIRES in options:
+        if not ref.ships:
+            raise InvalidArgumentError(
+                "namespace_impl",
+                ref.impl,
+                "vends credentials that expire, and this object cannot be sent to workers, which would have to renew"
+                " them: give its name and namespace_properties",
+            )
+        # The engine's own margin of a minute would have it ask before each request where they live shorter.
+        margin = refresh_margin(int(options[EXPIRES]) / 1000 - time.time())
+        options.setdefault(REFRESH_OFFSET, str(int(margin * 1000)))
+    managed = getattr(response, "managed_versioning", None) is True
+    return TableLocation(response.location, tuple(sorted(options.items())) or None, managed)
 
 
 _KINDS: tuple[tuple[type[Exception], StorageErrorKind], ...] = (
@@ -123,23 +407,59 @@ _KINDS: tuple[tuple[type[Exception], StorageErrorKind], ...] = (
     (namespace_errors.ServiceUnavailableError, "transient"),
     (namespace_errors.NamespaceNotFoundError, "missing"),
 )
+# Plugins raise by text, or by types of their own: these are the only places where either decides.
+_NOT_FOUND = re.compile(r"^Table (?:does not exist|\[?.*\]? does not exist)|^Table not found", re.IGNORECASE)
+_ALREADY = re.compile(r"^Table (?:already exists|\[?.*\]? already exists)", re.IGNORECASE)
+_HTTP_STATUS = re.compile(r"status=(\d{3})")
+_STATUS_KINDS: dict[str, StorageErrorKind] = {"401": "denied", "403": "denied", "404": "missing", "429": "transient"}
 
 
 def _call(ref: NamespaceRef, table_id: tuple[str, ...], method: str, request: Any) -> Any:
     target = f"{ref.impl} namespace table {'.'.join(table_id)}"
     client = ref.client()
+    if client is None:
+        raise InvalidArgumentError("namespace_impl", ref.impl, "this connected object cannot be used on workers")
     try:
-        return getattr(client, method)(request)
-    except namespace_errors.TableNotFoundError:
-        raise TableNotFoundError(target) from None
-    except namespace_errors.TableAlreadyExistsError:
-        raise TableExistsError(target) from None
-    except namespace_errors.InvalidInputError as error:
-        raise InvalidArgumentError("table_id", list(table_id), redact(str(error), ref.secrets)) from None
-    except (namespace_errors.LanceNamespaceError, OSError, RuntimeError, ValueError) as error:
-        # Implementations raise what their client library raises; whatever it is, the catalog did not do its part.
-        message = redact(str(error), ref.secrets)
-        kinds: list[StorageErrorKind] = [kind for cls, kind in _KINDS if isinstance(error, cls)]
-        if not kinds or storage_error_kind(message) == "unreachable":  # a refused connection is "unavailable" too
-            kinds = ["unreachable"]
-        raise StorageError(f"{method} of {target}: {message}", kind=kinds[0], target=target) from None
+        return client.fresh(method, request)
+    except LanceRayError:
+        raise
+    except Exception as error:  # noqa: BLE001  # implementations raise what their client library raises
+        raise _translated(error, ref, table_id, f"{method} of {target}") from None
+
+
+def _translated(error: Exception, ref: NamespaceRef, table_id: tuple[str, ...], what: str) -> LanceRayError:
+    message, name = redact(str(error), ref.secrets), type(error).__name__
+    target = f"{ref.impl} namespace table {'.'.join(table_id)}"
+    if isinstance(error, namespace_errors.TableNotFoundError) or name == "TableNotFoundException":
+        return TableNotFoundError(target)
+    if isinstance(error, namespace_errors.TableAlreadyExistsError) or name == "TableAlreadyExistsException":
+        return TableExistsError(target)
+    if isinstance(error, namespace_errors.NamespaceNotFoundError) and what.startswith("describe_table"):
+        return TableNotFoundError(target)  # where there is no namespace, there is no table
+    if isinstance(error, (namespace_errors.UnsupportedOperationError, NotImplementedError)):
+        return UnsupportedCallError(f"{what}: {message}")
+    if isinstance(error, namespace_errors.InvalidInputError) or name == "InvalidInputException":
+        return InvalidArgumentError("table_id", list(table_id), message)
+    untyped = isinstance(error, (RuntimeError, ValueError)) and not isinstance(
+        error, namespace_errors.LanceNamespaceError
+    )
+    if untyped and _NOT_FOUND.search(message):
+        return TableNotFoundError(target)
+    if untyped and _ALREADY.search(message):
+        return TableExistsError(target)
+    if untyped and "identifier must have" in message:
+        return InvalidArgumentError("table_id", list(table_id), message)
+    return StorageError(f"{what}: {message}", kind=_kind_of(error, message), target=target)
+
+
+def _kind_of(error: Exception, message: str) -> StorageErrorKind:
+    """Whatever it is, the catalog did not do its part."""
+    if storage_error_kind(message) == "unreachable":  # a refused connection is "unavailable" too
+        return "unreachable"
+    kinds: list[StorageErrorKind] = [kind for cls, kind in _KINDS if isinstance(error, cls)]
+    if not kinds and storage_error_kind(message) == "denied":
+        kinds = ["denied"]
+    status = _HTTP_STATUS.search(message)
+    if status is not None and not kinds:
+        kinds = [_STATUS_KINDS.get(status[1], "transient" if status[1].startswith("5") else "other")]
+    return kinds[0] if kinds else "unreachable"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lance_ray import commit
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import TableNotFoundError
 from lance_ray.ledger import CleanupReport, cleanup_jobs
 from lance_ray.options import check_flag
@@ -17,9 +18,11 @@ def cleanup_orphans(
     *,
     dry_run: bool = False,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> CleanupReport:
     """Remove the files that killed jobs left beside a table, by the names in their ledgers.
@@ -32,9 +35,11 @@ def cleanup_orphans(
         uri: path or URI of the table.
         dry_run: report only.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Returns:
@@ -50,6 +55,8 @@ def cleanup_orphans(
             "table_id": table_id,
             "namespace_impl": namespace_impl,
             "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
             "storage_options": storage_options,
             "base_store_params": base_store_params,
         },

@@ -289,6 +289,8 @@ def _send(
     enable_stable_row_ids: bool | None,
     deadline: float,
 ) -> lance.LanceDataset:
+    if base is None:
+        table = table.renewed()  # the engine renews credentials for a table that it has opened, and there is none yet
     with translate_errors("commit", table.uri, secrets=table.secrets):
         return lance.LanceDataset.commit(
             table.uri if base is None else base,

@@ -18,6 +18,7 @@ from lance.fragment import FragmentMetadata
 from lance.optimize import Compaction, CompactionOptions, CompactionTask
 
 from lance_ray import commit
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import (
     CommitConflictError,
     CommitOutcomeUnknownError,
@@ -184,9 +185,11 @@ def compact_files(
     uri: Any = None,
     *,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     version: int | str | None = None,
     asof: Any = None,
@@ -218,9 +221,11 @@ def compact_files(
     Args:
         uri: path or URI of the table, or an opened dataset.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
         version: compact only fragments that this version has (number or tag); those changed since are left alone.
         asof: the same by time.
@@ -267,6 +272,8 @@ def compact_files(
                 "table_id": table_id,
                 "namespace_impl": namespace_impl,
                 "namespace_properties": namespace_properties,
+                "rest_config": rest_config,
+                "io_config": io_config,
                 "storage_options": storage_options,
                 "base_store_params": base_store_params,
             },

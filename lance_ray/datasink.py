@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ray.data.datasource import Datasink, WriteResult
 
 from lance_ray import commit
 from lance_ray.arrow import check_fits, check_names, in_file, reads_as, to_arrow, unify
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
@@ -215,6 +217,8 @@ def _final_fragments(
         return schema, [file.metadata() for file in files if file.fragment]
     whole = [file for file in files if file.rows]
     unfit = [index for index, file in enumerate(whole) if not _fits(file, schema)]
+    if not unfit:
+        return schema, [_with_ids_of(spec, schema, file) for file in whole]
     with run_tasks(
         rewrite_file, [whole[index] for index in unfit], shared=dataclasses.replace(spec, schema=schema)
     ) as run:
@@ -259,7 +263,7 @@ def field_ids(schema: LanceSchema) -> dict[tuple[str, ...], int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _WriteJob:
+class WriteJob:
     """A write, folded from the public keywords and checked."""
 
     ref: TableRef
@@ -281,14 +285,16 @@ def write_lance(
     max_bytes_per_file: int | None = None,
     data_storage_version: str | None = None,
     enable_stable_row_ids: bool = False,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     initial_bases: Sequence[Any] | None = None,
     target_bases: Sequence[str] | None = None,
     external_blob_mode: str = "reference",
     allow_external_blob_outside_bases: bool = False,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     commit_message: str | None = None,
     transaction_properties: dict[str, str] | None = None,
     commit_lock: Any = None,
@@ -316,7 +322,8 @@ def write_lance(
         max_bytes_per_file: bytes in memory of a file at most; an estimate where widths vary.
         data_storage_version: file format of a new table; the engine's default.
         enable_stable_row_ids: for a new table: row ids survive compaction and updates.
-        storage_options: for the object store; vended ones of a namespace win over them.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes;
+            vended ones of a namespace win over them.
         base_store_params: storage options of further bases, by base URI.
         initial_bases: base paths to register with a new table.
         target_bases: names or paths of bases that the files go to.
@@ -324,6 +331,8 @@ def write_lance(
         allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
         namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         commit_message: kept with the version.
         transaction_properties: kept with the version.
         commit_lock: for stores without atomic commits.
@@ -352,13 +361,15 @@ def write_lance(
     process left goes with :func:`lance_ray.cleanup_orphans` or the next run of the same job id). Concurrent appends all
     land. A concurrent change of the schema that the written rows do not fit is a SchemaMismatchError.
     """
-    job = _WriteJob(
+    job = WriteJob(
         TableRef.fold(
             uri,
             {
                 "table_id": table_id,
                 "namespace_impl": namespace_impl,
                 "namespace_properties": namespace_properties,
+                "rest_config": rest_config,
+                "io_config": io_config,
                 "storage_options": storage_options,
                 "base_store_params": base_store_params,
             },
@@ -397,7 +408,8 @@ def write_lance(
         raise InvalidArgumentError(
             name, concurrency or sorted(ray_remote_args or ()), "stream=True writes on the driver"
         )
-    return _run(job, ds, _Streaming(batch_size, resume_rows) if stream else None)
+    streaming = functools.partial(_run_streaming, _Streaming(batch_size, resume_rows), job, ds)
+    return _run(job, streaming if stream else functools.partial(_run_tasks, job, ds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +421,35 @@ class _Streaming:
     """Number of the first bundle to commit."""
 
 
-def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteReport:
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a write did: the files, the commits, and whether an earlier run of the job had done it all."""
+
+    files: tuple[WrittenFile, ...]
+    receipts: tuple[CommitReceipt, ...]
+    skipped: bool = False
+
+
+_Write = Callable[[WriteSpec, CommitOptions], _Done]
+
+
+def write_here(job: WriteJob, tables: Iterable[Any]) -> WriteReport:
+    """Write Arrow tables or batches in this process, without Ray, as one commit."""
+    return _run(job, functools.partial(_run_here, tables))
+
+
+def _run_here(tables: Iterable[Any], spec: WriteSpec, options: CommitOptions) -> _Done:
+    sink = LanceDatasink(spec, options)
+    try:
+        files = write_blocks(spec, tables)
+        receipt = commit_files(sink, spec, files, options)
+    except BaseException as error:
+        sink.abandon(error)  # whatever it was goes on to the caller
+        raise
+    return _Done(tuple(files), () if receipt is None else (receipt,))
+
+
+def _run(job: WriteJob, write: _Write) -> WriteReport:
     started = time.monotonic()
     mode, named = job.options.mode, job.commit.job_id is not None
     if named:
@@ -420,30 +460,28 @@ def _run(job: _WriteJob, ds: Dataset, streaming: _Streaming | None) -> WriteRepo
     if target.mode == "ignore" and target.base is not None:
         return _report(job, target.base, (), None, started, skipped=True)
     check_target(target, job.options)
-    if named and streaming is not None and mode == "append" and target.base is not None:
-        streaming = _resumed(streaming, job, target.base)
-    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
-    spec = WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
-    if spec.schema is None and (known := _known_schema(ds)) is not None:
-        check_names(known)
+    spec = _spec_of(job, target)
+    ledger = spec.job
+    assert ledger is not None  # noqa: S101 - _spec_of() gives it one
     options = dataclasses.replace(job.commit, job_id=ledger.job_id)
     try:
         with ledger.running(f"write ({mode})", exclusive=named):
             _check_workers(ledger)
-            if streaming is not None:
-                files, receipts = _run_streaming(spec, ds, streaming, options)
-            else:
-                files, receipts = _run_tasks(job, spec, ds, options)
+            done = write(spec, options)
     except TableExistsError:
         if mode != "ignore":
             raise
         return _report(job, target.table, (), None, started, skipped=True)
     try:
-        ledger.close(sum(1 for file in files if file.rows))
+        ledger.close(sum(1 for file in done.files if file.rows))
     except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
         logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
-    skipped = not receipts and streaming is not None and streaming.bundle > 0
-    return _report(job, target.table, files, receipts, started, skipped=skipped)
+    return _report(job, target.table, done.files, done.receipts, started, skipped=done.skipped)
+
+
+def _spec_of(job: WriteJob, target: WriteTarget) -> WriteSpec:
+    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
+    return WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
 
 
 def _retry() -> RetryPolicy:
@@ -459,7 +497,7 @@ def _check_workers(ledger: JobRef) -> None:
         raise
 
 
-def _earlier_run(job: _WriteJob) -> PinnedTable | None:
+def _earlier_run(job: WriteJob) -> PinnedTable | None:
     """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
     try:
         table = job.ref.unpinned()
@@ -502,12 +540,10 @@ def files_schema(target: WriteTarget, options: WriteOptions) -> pa.Schema | None
     return target.schema
 
 
-def _run_tasks(
-    job: _WriteJob, spec: WriteSpec, ds: Dataset, options: CommitOptions
-) -> tuple[tuple[WrittenFile, ...], tuple[CommitReceipt, ...]]:
+def _run_tasks(job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptions) -> _Done:
     sink = LanceDatasink(spec, options)
-    sink.fallback_schema = _known_schema(ds)
     try:
+        sink.fallback_schema = _checked_schema(ds, spec)
         ds.write_datasink(sink, ray_remote_args=dict(job.ray_remote_args or {}), concurrency=job.concurrency)
     except BaseException as error:
         # Ctrl-C does not reach on_write_failed; whatever it was goes on to the caller, in the package's own type.
@@ -516,7 +552,15 @@ def _run_tasks(
         if cause is error:
             raise
         raise cause from error
-    return sink.written, () if sink.receipt is None else (sink.receipt,)
+    return _Done(sink.written, () if sink.receipt is None else (sink.receipt,))
+
+
+def _checked_schema(ds: Dataset, spec: WriteSpec) -> pa.Schema | None:
+    """The dataset's schema where Ray knows it; its names are checked before any task starts."""
+    known = _known_schema(ds)
+    if known is not None and spec.schema is None:
+        check_names(known)
+    return known
 
 
 def _known_schema(ds: Dataset, *, fetch: bool = False) -> pa.Schema | None:
@@ -529,7 +573,7 @@ def _known_schema(ds: Dataset, *, fetch: bool = False) -> pa.Schema | None:
     return base if isinstance(base, pa.Schema) else None
 
 
-def _resumed(streaming: _Streaming, job: _WriteJob, base: PinnedTable) -> _Streaming:
+def _resumed(streaming: _Streaming, job: WriteJob, base: PinnedTable) -> _Streaming:
     """The same, past the bundles that earlier runs of the job appended."""
     newest = base.open()
     for _, properties in commit.history(newest, max(0, newest.version - commit.HISTORY), base.secrets):
@@ -539,32 +583,33 @@ def _resumed(streaming: _Streaming, job: _WriteJob, base: PinnedTable) -> _Strea
     return streaming
 
 
-def _run_streaming(
-    spec: WriteSpec, ds: Dataset, streaming: _Streaming, options: CommitOptions
-) -> tuple[tuple[WrittenFile, ...], tuple[CommitReceipt, ...]]:
+def _run_streaming(streaming: _Streaming, job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptions) -> _Done:
     """Write on the driver in order; appends commit bundle by bundle, anything else once at the end."""
+    appends, base = spec.target.mode == "append", spec.target.base
+    if job.commit.job_id is not None and appends and base is not None:
+        streaming = _resumed(streaming, job, base)
     sink = LanceDatasink(spec, options)
-    sink.fallback_schema = _known_schema(ds)
     files: list[WrittenFile] = []
     receipts: list[CommitReceipt] = []
     try:
+        sink.fallback_schema = _checked_schema(ds, spec)
         for number, tables in enumerate(_bundles(_tables(ds, streaming), spec.options), streaming.bundle):
             bundle = write_blocks(spec, tables)
             files += bundle
-            if spec.target.mode == "append":
+            if appends:
                 # Under an id of its own, so that a lost answer is told from the bundles before it.
                 since = receipts[-1].version if receipts else spec.target.base_version
                 landing = Landing(f"{options.operation_id}{_BUNDLE}{number}", since)
                 rows = streaming.skip + sum(file.rows for file in files)
                 receipts += filter(None, [commit_files(sink, spec, bundle, _with_progress(options, rows), landing)])
-        if spec.target.mode != "append":
+        if not appends:
             if not files and spec.schema is None:
                 sink.fallback_schema = _known_schema(ds, fetch=True)
             receipts += filter(None, [commit_files(sink, spec, files, options)])
     except BaseException as error:
         sink.abandon(error)  # the rows of finished commits stay
         raise
-    return tuple(files), tuple(receipts)
+    return _Done(tuple(files), tuple(receipts), skipped=not receipts and streaming.bundle > 0)
 
 
 def _with_progress(options: CommitOptions, rows: int) -> CommitOptions:
@@ -609,7 +654,7 @@ def _bundles(tables: Iterable[pa.Table], options: WriteOptions) -> Iterator[list
 
 
 def _report(
-    job: _WriteJob,
+    job: WriteJob,
     table: PinnedTable,
     files: Sequence[WrittenFile],
     receipts: Sequence[CommitReceipt] | None,

@@ -18,6 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options
 from lance_ray.memory import keep_freed_memory
@@ -326,14 +327,16 @@ def read_lance(
     nearest: Mapping[str, Any] | None = None,
     full_text_query: Any = None,
     prefilter: bool | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     scanner_options: dict[str, Any] | None = None,
     dataset_options: dict[str, Any] | None = None,
     default_scan_options: dict[str, Any] | None = None,
     fragment_ids: Sequence[int] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     with_metadata: bool = False,
     with_row_id: bool = False,
     with_row_address: bool = False,
@@ -380,7 +383,8 @@ def read_lance(
             ``lance.query``, or a dict of ``query`` and ``columns``. ``limit`` says how many.
         prefilter: whether ``filter`` comes before the ranking of ``nearest`` and ``full_text_query`` (the default), or
             removes rows from its result.
-        storage_options: for the object store; vended ones of a namespace win over them.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes;
+            vended ones of a namespace win over them.
         base_store_params: storage options of further bases, by base URI.
         scanner_options: anything else that ``LanceDataset.scanner`` takes (``batch_size``, ``nearest``, ...).
         dataset_options: ``version``, ``asof``, ``block_size``, ``index_cache_size_bytes``,
@@ -389,6 +393,8 @@ def read_lance(
         fragment_ids: only these fragments; an empty list reads nothing.
         namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         with_metadata: add ``_rowaddr`` and ``_fragid`` (uint64).
         with_row_id: add ``_rowid`` (uint64).
         with_row_address: add ``_rowaddr`` (uint64).
@@ -471,6 +477,8 @@ def read_lance(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }

@@ -16,6 +16,7 @@ Classes answer "what would a handler do?"::
     ├── CommitConflictError                              certainly NOT committed; .retryable .read_version
     ├── CommitOutcomeUnknownError                        may be committed, no file is deleted; .operation_id
     ├── WorkerEnvironmentError                           a node cannot do the work; .problems
+    ├── UnsupportedCallError        (NotImplementedError)  a catalog does not have this call
     └── UnsupportedVersionError     (NotImplementedError)  .package .installed .required
 
 Every error survives pickling with its data, because Ray carries errors between processes, and none carries a
@@ -202,6 +203,10 @@ class WorkerEnvironmentError(LanceRayError):
     def __init__(self, problems: Iterable[str]) -> None:
         lines = tuple(problems)
         super().__init__("the cluster cannot run this job:\n  " + "\n  ".join(lines), problems=lines)
+
+
+class UnsupportedCallError(LanceRayError, NotImplementedError):
+    """The namespace implementation does not have this call. Nothing was done."""
 
 
 class UnsupportedVersionError(LanceRayError, NotImplementedError):

@@ -21,6 +21,7 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import WriteResult
 
 from lance_ray.arrow import unify
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.datasink import LanceDatasink, check_target, field_ids, files_schema, written_schema
 from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
 from lance_ray.ledger import delete_files, untracked
@@ -54,14 +55,16 @@ class LanceFragmentWriter:
         data_storage_version: str | None = None,
         enable_stable_row_ids: bool = False,
         use_legacy_format: bool | None = None,
-        storage_options: dict[str, str] | None = None,
+        storage_options: Any = None,
         base_store_params: dict[str, dict[str, str]] | None = None,
         initial_bases: Sequence[Any] | None = None,
         target_bases: Sequence[str] | None = None,
         external_blob_mode: str = "reference",
         allow_external_blob_outside_bases: bool = False,
-        namespace_impl: str | None = None,
+        namespace_impl: Any = None,
         namespace_properties: dict[str, str] | None = None,
+        rest_config: LanceRestConfig | None = None,
+        io_config: Any = None,
         table_id: Sequence[str] | None = None,
         retry_params: dict[str, Any] | None = None,
     ) -> None:
@@ -80,14 +83,16 @@ class LanceFragmentWriter:
             data_storage_version: file format.
             enable_stable_row_ids: of a new table; decided by the committer.
             use_legacy_format: refused when true; the current format is the only one written.
-            storage_options: for the object store.
+            storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
             base_store_params: storage options of further bases.
             initial_bases: bases to register with a new table.
             target_bases: bases that the files go to.
             external_blob_mode: ``reference`` or ``ingest``.
             allow_external_blob_outside_bases: allow references outside the bases.
-            namespace_impl: the namespace implementation.
+            namespace_impl: the namespace implementation, or a connected namespace.
             namespace_properties: what the namespace is connected with.
+            rest_config: the server of a ``rest://`` address.
+            io_config: another name of ``storage_options``.
             table_id: the table's name in the namespace.
             retry_params: fields of :class:`lance_ray.retry.RetryPolicy`.
         """
@@ -98,7 +103,16 @@ class LanceFragmentWriter:
             )
         if transform is not None and not callable(transform):
             raise InvalidArgumentError("transform", transform, "must be callable")
-        ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        ref = TableRef.fold(uri, address)
         options = WriteOptions(
             mode or "overwrite",
             schema,
@@ -143,19 +157,6 @@ def _retry(given: dict[str, Any] | None) -> RetryPolicy:
     return RetryPolicy(**(given or {}))
 
 
-def _ref(uri: Any, table_id: Any, impl: Any, properties: Any, storage_options: Any, base_store_params: Any) -> TableRef:
-    return TableRef.fold(
-        uri,
-        {
-            "table_id": table_id,
-            "namespace_impl": impl,
-            "namespace_properties": properties,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        },
-    )
-
-
 def _as_rows(files: Sequence[WrittenFile]) -> pa.Table:
     return pa.table(
         {
@@ -182,17 +183,28 @@ class LanceFragmentCommitter(LanceDatasink):
         schema: pa.Schema | None = None,
         mode: Any = "create",
         enable_stable_row_ids: bool = False,
-        storage_options: dict[str, str] | None = None,
+        storage_options: Any = None,
         base_store_params: dict[str, dict[str, str]] | None = None,
         initial_bases: Sequence[Any] | None = None,
         target_bases: Sequence[str] | None = None,
-        namespace_impl: str | None = None,
+        namespace_impl: Any = None,
         namespace_properties: dict[str, str] | None = None,
+        rest_config: LanceRestConfig | None = None,
+        io_config: Any = None,
         commit_message: str | None = None,
         transaction_properties: dict[str, str] | None = None,
     ) -> None:
         """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
-        ref = _ref(uri, table_id, namespace_impl, namespace_properties, storage_options, base_store_params)
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        ref = TableRef.fold(uri, address)
         options = WriteOptions(
             mode,
             schema,

@@ -8,6 +8,7 @@ from typing import Any
 
 import lance
 
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.compaction import (
     CompactionPreview,
     Workers,
@@ -145,9 +146,11 @@ def table_health(
     uri: Any = None,
     *,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     version: int | str | None = None,
     asof: Any = None,
@@ -158,9 +161,11 @@ def table_health(
     Args:
         uri: path or URI of the table, or an opened dataset.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
         version: number or tag.
         asof: time, inclusive.
@@ -173,6 +178,8 @@ def table_health(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lance_ray import catalog
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.compaction import (
     CompactionJob,
     CompactionPreview,
@@ -34,7 +35,8 @@ from lance_ray.errors import (
     translate_errors,
 )
 from lance_ray.ledger import cleanup_jobs
-from lance_ray.options import check_flag, check_positive, pairs
+from lance_ray.namespaces import connect
+from lance_ray.options import check_flag, check_positive
 from lance_ray.planning.compaction import Budget
 from lance_ray.progress import Progress, Reporter, reporter_for
 from lance_ray.table import PinnedTable, TableRef, newest
@@ -81,9 +83,11 @@ def cleanup_old_versions(
     delete_rate_limit: int | None = None,
     dry_run: bool = False,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> VersionCleanupReport:
     """Remove old versions and the files that only they refer to. They can no longer be read or restored afterwards.
@@ -99,9 +103,11 @@ def cleanup_old_versions(
         delete_rate_limit: deletions per second at most.
         dry_run: report only.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Raises:
@@ -119,6 +125,8 @@ def cleanup_old_versions(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
@@ -204,12 +212,17 @@ class TableCompaction:
         return f"{name}: {'not begun' if self.skipped else self.metrics or 'nothing to do'}"
 
 
+_ANY_TABLE = ("any",)  # which one, each item says
+
+
 def compact_database(
     *,
     database: Sequence[str],
-    namespace_impl: str,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     compaction_options: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
     concurrency: int | None = None,
@@ -225,9 +238,11 @@ def compact_database(
 
     Args:
         database: name of the namespace, as a list of its parts; empty for the root.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: a REST server instead.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         compaction_options: as for :func:`lance_ray.compact_files`.
         num_workers: tasks at once at most, of all tables together; by default what the cluster runs.
         concurrency: as for :func:`lance_ray.compact_files`.
@@ -251,8 +266,9 @@ def compact_database(
     names = isinstance(database, Sequence) and not isinstance(database, str)
     if not names or not all(isinstance(part, str) and part for part in database):
         raise InvalidArgumentError("database", database, "must be a list of names")
-    namespace = catalog.NamespaceRef(namespace_impl, pairs(namespace_properties, "namespace_properties") or ())
-    ref = TableRef(namespace=namespace, storage_options=pairs(storage_options, "storage_options"))
+    namespace = connect(namespace_impl, namespace_properties, rest_config=rest_config).ref
+    address = {"namespace_impl": namespace, "storage_options": storage_options, "io_config": io_config}
+    ref = dataclasses.replace(TableRef.fold(None, {**address, "table_id": _ANY_TABLE}), table_id=())
     job = fold_job(
         ref,
         fold_engine_options(compaction_options),

@@ -13,6 +13,7 @@ import ray
 from ray.data import Dataset, TaskPoolStrategy
 
 from lance_ray.arrow import to_arrow
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import checked_ray_args
 from lance_ray.memory import keep_freed_memory
@@ -69,10 +70,12 @@ def nearest_join(
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
     scanner_options: dict[str, Any] | None = None,
     ray_remote_args: dict[str, Any] | None = None,
@@ -105,10 +108,12 @@ def nearest_join(
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to search.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         scanner_options: further options of ``LanceDataset.scanner``.
         ray_remote_args: options of ``ray.remote`` for the workers.
@@ -130,6 +135,8 @@ def nearest_join(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }

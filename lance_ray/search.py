@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import Executor, LocalExecutor, RayExecutor, checked_ray_args
 from lance_ray.nearest import (
@@ -276,11 +277,13 @@ def vector_search(
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     block_size: int | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
     num_workers: int | None = None,
     ray_remote_args: dict[str, Any] | None = None,
@@ -311,11 +314,13 @@ def vector_search(
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to search.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
         block_size: bytes of the smallest I/O request.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         num_workers: shards at once at most. Giving it, ``ray_remote_args`` or a pool sends also a small search to the
             cluster; by default size decides.
@@ -352,6 +357,8 @@ def vector_search(
             "table_id": table_id,
             "namespace_impl": namespace_impl,
             "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
             "storage_options": storage_options,
             "base_store_params": base_store_params,
         },

@@ -14,6 +14,7 @@ import os
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 
 from lance_ray import catalog
-from lance_ray.catalog import NamespaceRef
+from lance_ray.catalog import LanceRestConfig, NamespaceRef
 from lance_ray.errors import (
     InvalidArgumentError,
     TableExistsError,
@@ -34,6 +35,7 @@ from lance_ray.errors import (
     translate_errors,
 )
 from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs
+from lance_ray.stores import storage_options_of
 
 BaseParams = tuple[tuple[str, Pairs], ...]
 
@@ -56,6 +58,8 @@ class TableRef:
     storage_options: Pairs | None = field(default=None, repr=False)
     base_store_params: BaseParams = field(default=(), repr=False)
     open_options: OpenOptions = field(default_factory=OpenOptions)
+    store: Any = field(default=None, repr=False, compare=False)
+    """Options of the store in another form than the engine's, until a namespace has said which store it is."""
     opened: str = ""
     """Of an opened dataset: which table its version is of; see :func:`_identity`."""
 
@@ -74,8 +78,8 @@ class TableRef:
 
         Args:
             uri: a path, URI, ``pathlib.Path`` or an opened ``LanceDataset`` (then its version is the default).
-            address: ``table_id``, ``namespace_impl``, ``namespace_properties``, ``storage_options``,
-                ``base_store_params`` as the caller gave them.
+            address: ``table_id``, ``namespace_impl``, ``namespace_properties``, ``rest_config``, ``storage_options``,
+                ``io_config``, ``base_store_params`` as the caller gave them.
             version: number or tag.
             asof: time, inclusive; naive means local.
             branch: name of a branch.
@@ -85,24 +89,30 @@ class TableRef:
             InvalidArgumentError: both or neither of ``uri`` and a namespace, or another bad argument.
         """
         version, asof, branch = fold_version(version, asof, branch)
-        storage_options = pairs(address.get("storage_options"), "storage_options")
-        opened = ""
+        opened, of_dataset = "", None
         if isinstance(uri, lance.LanceDataset):
             if version is None and asof is None and branch is None:
                 version, opened = uri.version, _identity(uri)
-            storage_options = storage_options or pairs(uri.latest_storage_options(), "storage_options")
+            of_dataset = pairs(uri.latest_storage_options(), "storage_options")
             uri = uri.uri
         namespace, table_id = _fold_namespace(uri, address)
+        uri = None if uri is None or namespace is not None else normalize_uri(uri)
+        store, parameter = _fold_store(address)
+        storage_options = of_dataset
+        if store is not None and (uri is not None or isinstance(store, Mapping)):
+            storage_options = storage_options_of(store, uri or "rest://", parameter) or of_dataset
+            store = None
         return cls(
-            uri=None if uri is None else normalize_uri(uri),
+            uri=uri,
             namespace=namespace,
             table_id=table_id,
             version=version,
             asof=asof,
             branch=branch,
             storage_options=storage_options,
-            base_store_params=nested_pairs(address.get("base_store_params"), "base_store_params"),
+            base_store_params=_fold_bases(address.get("base_store_params")),
             open_options=open_options or OpenOptions(),
+            store=store,
             opened=opened,
         )
 
@@ -121,12 +131,13 @@ class TableRef:
         if self.namespace is None:
             assert self.uri is not None  # noqa: S101 - fold() lets exactly one addressing style pass
             return catalog.TableLocation(self.uri, self.storage_options)
-        found = catalog.describe(self.namespace, self.table_id)
-        return dataclasses.replace(
-            found,
-            uri=normalize_uri(found.uri),
-            storage_options=catalog.merge_options(self.storage_options, found.storage_options),
-        )
+        return self.placed(catalog.describe(self.namespace, self.table_id))
+
+    def placed(self, found: catalog.TableLocation) -> catalog.TableLocation:
+        """What a namespace said, with the caller's own options below those that it vended."""
+        uri = normalize_uri(found.uri)
+        given = self.storage_options if self.store is None else storage_options_of(self.store, uri)
+        return dataclasses.replace(found, uri=uri, storage_options=catalog.merge_options(given, found.storage_options))
 
     def unpinned(self) -> PinnedTable:
         """The address alone, as version 0; whether there is a table is not looked at. For ledgers and commits.
@@ -192,8 +203,13 @@ class TableRef:
 
 
 def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | None, tuple[str, ...]]:
-    impl, table_id = address.get("namespace_impl"), address.get("table_id")
-    given = {key for key in ("namespace_impl", "namespace_properties", "table_id") if address.get(key) is not None}
+    impl, table_id, rest = (address.get(key) for key in ("namespace_impl", "table_id", "rest_config"))
+    named = ("namespace_impl", "namespace_properties", "table_id")
+    given = {key for key in named if address.get(key) is not None}
+    if isinstance(uri, str) and uri.startswith(_REST):
+        return _fold_rest(uri, rest, given)
+    if rest is not None:
+        raise InvalidArgumentError("rest_config", rest, "goes with a rest://namespace/table address")
     if uri is not None:
         if given:
             raise InvalidArgumentError("uri", str(uri), f"cannot be combined with {sorted(given)}")
@@ -203,7 +219,35 @@ def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | N
     parts = (table_id,) if isinstance(table_id, str) else tuple(table_id)
     if not parts or not all(isinstance(part, str) and part for part in parts):
         raise InvalidArgumentError("table_id", table_id, "must be a non-empty list of names")
-    return NamespaceRef(str(impl), pairs(address.get("namespace_properties"), "namespace_properties") or ()), parts
+    return NamespaceRef.fold(impl, address.get("namespace_properties")), parts
+
+
+_REST = "rest://"
+
+
+def _fold_rest(uri: str, config: Any, given: set[str]) -> tuple[NamespaceRef, tuple[str, ...]]:
+    if not isinstance(config, LanceRestConfig):
+        raise InvalidArgumentError("rest_config", type(config).__name__, f"must be a LanceRestConfig, for {uri}")
+    if given:
+        raise InvalidArgumentError("uri", uri, f"cannot be combined with {sorted(given)}")
+    path = uri.removeprefix(_REST)
+    parts = tuple(path.removeprefix("/").split("/"))
+    if not all(parts):
+        raise InvalidArgumentError("uri", uri, "must be rest://namespace/table, or rest:///table in the root namespace")
+    return config.namespace(), parts
+
+
+def _fold_store(address: dict[str, Any]) -> tuple[Any, str]:
+    given = {name: address[name] for name in ("storage_options", "io_config") if address.get(name) is not None}
+    if len(given) > 1:
+        raise InvalidArgumentError("io_config", "...", "cannot be combined with storage_options")
+    return next(((value, name) for name, value in given.items()), (None, "storage_options"))
+
+
+def _fold_bases(given: Any) -> BaseParams:
+    nested_pairs({} if isinstance(given, Mapping) else given, "base_store_params")  # refuses what is no mapping
+    named = {base: storage_options_of(inner, str(base), "base_store_params") for base, inner in (given or {}).items()}
+    return tuple(sorted((base, options or ()) for base, options in named.items()))
 
 
 def normalize_uri(uri: Any) -> str:
@@ -217,8 +261,13 @@ def normalize_uri(uri: Any) -> str:
     if scheme == "file":
         return unquote(urlsplit(text).path)
     if len(scheme) > 1 and "://" in text:
-        return text
+        alias = _SCHEMES.get(scheme)
+        return text if alias is None else f"{alias}{text[len(scheme) :]}"
     return str(Path(text).expanduser().absolute())
+
+
+_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "abfss"}
+"""Names that other libraries have for what the engine knows."""
 
 
 def is_local(uri: str) -> bool:
@@ -273,6 +322,13 @@ class PinnedTable:
             *(value for values in inner for value in values),
         )
 
+    def renewed(self) -> PinnedTable:
+        """The same with credentials of now, where a namespace vended those that it has, and they expire."""
+        if self.ref.namespace is None or catalog.EXPIRES not in dict(self.storage_options or ()):
+            return self
+        location = self.ref.locate()
+        return dataclasses.replace(self, storage_options=location.storage_options)
+
     def open(self) -> lance.LanceDataset:
         """This snapshot, opened once per process."""
         key = self.key
@@ -305,8 +361,9 @@ class PinnedTable:
             "storage_options": dict(self.storage_options) if self.storage_options else None,
             "base_store_params": {base: dict(inner) for base, inner in self.ref.base_store_params} or None,
         }
-        if self.ref.namespace is not None:
-            kwargs["namespace_client"] = self.ref.namespace.client()
+        client = None if self.ref.namespace is None else self.ref.namespace.client()
+        if client is not None:
+            kwargs["namespace_client"] = client
             kwargs["table_id"] = list(self.ref.table_id)
             kwargs["namespace_client_managed_versioning"] = self.managed_versioning
         return kwargs
@@ -358,9 +415,7 @@ class WriteTarget:
         except TableNotFoundError:
             if mode == "append" or ref.namespace is None:
                 raise
-            found = catalog.declare(ref.namespace, ref.table_id)
-            options = catalog.merge_options(ref.storage_options, found.storage_options)
-            location = dataclasses.replace(found, uri=normalize_uri(found.uri), storage_options=options)
+            location = ref.placed(catalog.declare(ref.namespace, ref.table_id))
         table = PinnedTable(ref, location.uri, 0, location.storage_options, location.managed_versioning)
         try:
             base = ref.at(location)

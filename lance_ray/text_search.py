@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from lance.query import FullTextQuery, MatchQuery, MultiMatchQuery
 
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import LocalExecutor
 from lance_ray.nearest import DISTANCE, QUERY_INDEX, fetch
@@ -50,10 +51,12 @@ def full_text_search(
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
     num_workers: int | None = None,
     ray_remote_args: dict[str, Any] | None = None,
@@ -80,10 +83,12 @@ def full_text_search(
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to search.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         num_workers: tasks at once at most. Giving it, ``ray_remote_args`` or a pool sends the queries to the cluster,
             as very many are anyway.
@@ -111,6 +116,8 @@ def full_text_search(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
@@ -220,10 +227,12 @@ def hybrid_search(
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
     num_workers: int | None = None,
     ray_remote_args: dict[str, Any] | None = None,
@@ -252,10 +261,12 @@ def hybrid_search(
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to search.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         num_workers: as for :func:`lance_ray.vector_search`.
         ray_remote_args: options of ``ray.remote`` for the tasks.
@@ -275,6 +286,8 @@ def hybrid_search(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }

@@ -1,7 +1,8 @@
-"""One Ray instance for all tests that need one."""
+"""One Ray instance and one S3 server for all tests that need them. Whatever tests do, no secret may come out."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from moto.server import ThreadedMotoServer
+
+from tests.faults.proxy import FaultProxy
+from tests.faults.stores import BUCKET, S3, SECRET
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +36,29 @@ def ray_session() -> Iterator[Path]:
         yield Path(directory)
         ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    proxy = FaultProxy(address)
+    store = S3(proxy, address)
+    store.client().create_bucket(Bucket=BUCKET)
+    yield store
+    proxy.close()
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[S3]:
+    """The S3 server without any fault yet; afterwards, nothing that was printed or logged may show its secret."""
+    caplog.set_level(logging.INFO)
+    s3_server.proxy.reset()
+    yield s3_server
+    s3_server.proxy.reset()
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err + caplog.text

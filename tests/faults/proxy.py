@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,6 +71,8 @@ class FaultProxy:
     def __init__(self, upstream: str) -> None:
         self.rules: list[Rule] = []
         self.requests: list[Request] = []
+        self.admits: Callable[[str], bool] | None = None
+        """Whether the store takes the key that a request is signed with; a refused one is told that it has expired."""
         self.lock = threading.Lock()
         self.upstream = urlsplit(upstream)
         proxy = self
@@ -92,7 +94,7 @@ class FaultProxy:
     def reset(self) -> None:
         """Forget every rule and request."""
         with self.lock:
-            self.rules, self.requests = [], []
+            self.rules, self.requests, self.admits = [], [], None
 
     @contextmanager
     def failing(self, *rules: Rule) -> Iterator[Rule]:
@@ -135,6 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(self.path)
+        signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        if self.owner.admits is not None and not self.owner.admits(signed[1] if signed else ""):
+            text = "<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>it has expired</Message></Error>"
+            self._answer(path, 403, {"Content-Type": "application/xml"}, text.encode())
+            return
         rule = self.owner.rule_for(self.command, path)
         if rule is None:
             self._answer(path, *self._forward(body))

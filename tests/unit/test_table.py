@@ -342,7 +342,7 @@ class Vending:
 
 def test_vended_options_win_and_the_callers_stay(uri: str, monkeypatch: pytest.MonkeyPatch):
     client = Vending(uri)
-    monkeypatch.setattr(catalog, "_client", lambda ref: client)
+    monkeypatch.setattr(catalog, "_client", lambda ref: catalog.CatalogClient(ref, client))
     ref = fold(namespace_impl="any", table_id=["t"], storage_options={"token": "own", "region": "r"})
     assert ref.locate().storage_options == (("region", "r"), ("token", "vended"))
     assert client.asked[0].vend_credentials
