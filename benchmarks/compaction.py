@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +60,9 @@ def _engine(uri: str, target: int | None) -> int:
     return _layout(uri)
 
 
-def _ours(uri: str, target: int | None) -> int:
-    options = {} if target is None else {"target_rows_per_fragment": target}
+def _ours(uri: str, target: int | None, **options: int) -> int:
+    if target is not None:
+        options["target_rows_per_fragment"] = target
     report = compact_files(uri, compaction_options=options, progress=False)
     if not isinstance(report, CompactionReport) or report.failed:
         raise RuntimeError(f"not compacted: {report}")
@@ -77,7 +80,11 @@ def cases(folder: Path, scale: float) -> Iterator[Case]:
     deleted = cached(folder, f"deleted_{count}", functools.partial(small_fragments, fragments=count, deleted=True))
     yield _case(f"{name}, 20 % deleted", deleted, folder, None)
     vectors = cached(folder, f"wide_{rows}", functools.partial(wide_fragments, fragments=20, megabytes=wide))
-    yield _case(f"compact 20 wide fragments of {wide:g} MB", vectors, folder, 5 * rows)
+    case = _case(f"compact 20 wide fragments of {wide:g} MB", vectors, folder, 5 * rows)
+    yield case
+    cores = os.cpu_count() or 1
+    threads = functools.partial(_ours, str(folder / "compacted"), 5 * rows, num_threads=cores)
+    yield dataclasses.replace(case, name=f"the same, 1 thread a task against {cores}", engine=threads)
 
 
 def _case(name: str, source: str, folder: Path, target: int | None) -> Case:

@@ -208,7 +208,7 @@ def table(results: list[Result]) -> str:
         lines.append(
             f"| {result.name} | {result.engine.wall:.3f} ({result.engine.cpu:.2f}) | {result.ours.wall:.3f}"
             f" ({result.ours.cpu:.2f}) | {result.ours.low:.3f}-{result.ours.high:.3f} | {result.ours.memory_mb:.0f}"
-            f" | {result.figure:.2f}{unit} | {result.required:g} / {result.stretch:g} | {result.verdict} |"
+            f" | {result.figure:.3g}{unit} | {result.required:g} / {result.stretch:g} | {result.verdict} |"
         )
     return "\n".join(lines)
 

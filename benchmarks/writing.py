@@ -15,6 +15,8 @@ from ray.data import Dataset
 
 from benchmarks.harness import Case
 from lance_ray import write_lance
+from lance_ray.ledger import JobRef, WrittenPath
+from lance_ray.table import TableRef
 
 
 def vector_blocks(rows: int, width: int, blocks: int) -> Dataset:
@@ -62,12 +64,31 @@ def _case(dataset: Dataset, uri: str, name: str, bounds: tuple[float, float], fi
     )
 
 
+def _ledger(uri: str, files: int, rows: int) -> int:
+    """All that the ledger does for a write, one after the other (the notes are made by workers, side by side)."""
+    job = JobRef(TableRef.fold(uri, {}).unpinned(), "bench")
+    with job.running("write (create)"):
+        for number in range(files):
+            job.record([WrittenPath(f"{number:08}.lance")])
+        if not job.is_open():
+            raise RuntimeError("the ledger is closed")
+    job.close(files)
+    return rows
+
+
 def cases(folder: Path, scale: float) -> Iterator[Case]:
     """All cases of writing, at a scale of the published sizes."""
     uri = str(folder / "written")
     blocks = max(2, int(32 * scale))
     rows = int(2e9 / 768 / 4 / 32) * blocks
     size = rows * 768 * 4 / 1e9
-    yield _case(vector_blocks(rows, 768, blocks), uri, f"write {size:.2g} GB of vectors", (1.2, 0.8))
+    vectors = vector_blocks(rows, 768, blocks)
+    written = _case(vectors, uri, f"write {size:.2g} GB of vectors", (1.2, 0.8))
+    yield written
+    report = write_lance(vectors, uri, mode="overwrite")
+    ledger = functools.partial(_ledger, uri, report.files, report.rows)
+    yield Case(
+        f"the ledger's part in it ({report.files} files)", written.ours, ledger, 0.02, 0.01, before=written.before
+    )
     count = max(20, int(2000 * scale))
     yield _case(small_blocks(count, 500), uri, f"write {count:,} blocks of 500 rows", (1.0, 0.7), files=1)
