@@ -31,6 +31,7 @@ version) and *commit* (one module), and each question has one file:
 ``fragment``          writers and committers made by hand
 ``cleanup``           ``cleanup_orphans``
 ``transforms``        what computes columns: SQL, functions, classes
+``fingerprints``      what tells one of those from another across processes
 ``column_commits``    what a change of columns commits, and what it makes of changes by others
 ``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
 ``column_merge``      ``merge_columns_from``, ``add_columns_from``: values from a Ray Dataset

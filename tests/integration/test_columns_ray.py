@@ -223,7 +223,9 @@ def test_a_worker_that_is_killed_costs_an_attempt(tmp_path: Path):
     [
         ({"on": "nowhere"}, "nowhere"),
         ({"on": []}, "on"),
-        ({"on": "new"}, "beside"),
+        ({"on": "new"}, "columns of the table"),
+        ({"on": "id"}, "columns of ds"),
+        ({"on": ["_rowaddr", "id"]}, "alone"),
         ({"columns": ["id"], "on": "id"}, "id"),
     ],
 )
