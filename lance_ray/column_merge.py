@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import and_
@@ -364,11 +365,12 @@ def _output(dataset: lance.LanceDataset, ds: Any, options: MergeOptions, *, upda
 
 def _schema_of(ds: Any) -> pa.Schema:
     """The columns of a dataset as Arrow types; none where it is empty and does not know."""
-    found = ds.schema()
-    base = getattr(found, "base_schema", found)
-    if base is None or isinstance(base, pa.Schema):
-        return base or pa.schema([])
-    return to_arrow(ds.take_batch(16, batch_format="pandas")).schema if base.names else pa.schema([])
+    with _own_errors(ds.context):
+        found = ds.schema()
+        base = getattr(found, "base_schema", found)
+        if base is None or isinstance(base, pa.Schema):
+            return base or pa.schema([])
+        return to_arrow(ds.take_batch(16, batch_format="pandas")).schema if base.names else pa.schema([])
 
 
 def _key_schema(dataset: lance.LanceDataset, on: Sequence[str]) -> pa.Schema:
@@ -456,16 +458,26 @@ def grouped(routed: Any, spec: MergeSpec, workers: ColumnWorkers, *, progress: A
     context = routed.context
     # Sorting takes blocks without rows, which the hash shuffle fails on, and its ranges do not grow with the table.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    context.raise_original_map_exception = True  # what Ray wraps it in loses it on the way to the driver
     context.enable_progress_bars = context.enable_progress_bars and progress is not False
     at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
     merged = routed.groupby(_FRAGMENT).map_groups(
         merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **workers.ray_remote_args
     )
-    try:
+    with _own_errors(merged.context):
         return [json.loads(row["outcome"]) for row in merged.take_all()]
+
+
+@contextmanager
+def _own_errors(context: Any) -> Iterator[None]:
+    """Run a dataset of this context so that what its functions raise comes out as an error of this package."""
+    before = context.raise_original_map_exception
+    context.raise_original_map_exception = True  # what Ray wraps it in loses it on the way to the driver
+    try:
+        yield
     except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised: only what is inside says what it was
         raise _told(error) from (getattr(error, "cause", None) or error)
+    finally:
+        context.raise_original_map_exception = before
 
 
 def _told(error: Exception) -> LanceRayError:
@@ -561,15 +573,16 @@ def _by_row_id(dataset: lance.LanceDataset, numbers: np.ndarray) -> tuple[np.nda
 def _by_keys(dataset: lance.LanceDataset, keys: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """By a scan of the key columns. What the engine can compare it filters itself, perhaps by an index."""
     wanted = {name: pc.unique(keys.column(name).combine_chunks().drop_null()) for name in keys.schema.names}
-    pushed = [pc.field(name).isin(values) for name, values in wanted.items() if values.type in _PUSHED]
+    pushed = {name for name in wanted if dataset.schema.field(name).type in _PUSHED}
+    filters = [pc.field(name).isin(wanted[name]) for name in pushed]
     scanner = dataset.scanner(
-        columns=list(wanted), filter=reduce(and_, pushed) if pushed else None, with_row_address=True
+        columns=list(wanted), filter=reduce(and_, filters) if filters else None, with_row_address=True
     )
     schema = pa.schema([*keys.schema, pa.field("_rowaddr", pa.uint64())])
     found = [schema.empty_table()]
     for batch in scanner.to_batches():
         rows = align(to_arrow(batch), schema)
-        known = [pc.is_in(rows.column(name), values) for name, values in wanted.items() if values.type not in _PUSHED]
+        known = [pc.is_in(rows.column(name), values) for name, values in wanted.items() if name not in pushed]
         found.append(rows.filter(reduce(pc.and_, known)) if known else rows)
     return _joined(keys, pa.concat_tables(found), keys.schema)
 
