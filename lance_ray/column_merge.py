@@ -1,8 +1,8 @@
 """Columns whose values come from a Ray Dataset: brought to the fragments of their rows, checked row by row, committed.
 
 Ray Data sorts the rows by fragment. Each group is checked against the rows that the fragment has, and written as one
-file; nothing is ever assigned by position. What a worker holds at a time is a range of that order: as many values as a
-block of the dataset has, and at least those of one fragment.
+file; nothing is ever assigned by position. What a worker holds at a time is a range of that order: about as many values
+as a block of the dataset has, or those of one fragment.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def _output(dataset: lance.LanceDataset, ds: Any, options: MergeOptions, *, upda
 
 def _schema_of(ds: Any) -> pa.Schema:
     """The columns of a dataset as Arrow types; none where it is empty and does not know."""
-    with _own_errors(ds.context):
+    with _running(ds.context):
         found = ds.schema()
         base = getattr(found, "base_schema", found)
         if base is None or isinstance(base, pa.Schema):
@@ -455,29 +455,37 @@ def grouped(routed: Any, spec: MergeSpec, workers: ColumnWorkers, *, progress: A
         LanceRayError: what a worker raised of this package.
         TaskFailedError: anything else, such as an error of the caller's own function; it is the cause.
     """
-    context = routed.context
-    # Sorting takes blocks without rows, which the hash shuffle fails on, and its ranges do not grow with the table.
-    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    context.enable_progress_bars = context.enable_progress_bars and progress is not False
     at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
-    merged = routed.groupby(_FRAGMENT).map_groups(
-        merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **workers.ray_remote_args
-    )
-    with _own_errors(merged.context):
+    # Sorting takes blocks without rows, which the hash shuffle fails on, and its ranges do not grow with the table.
+    settings: dict[str, Any] = {"shuffle_strategy": ShuffleStrategy.SORT_SHUFFLE_PULL_BASED}
+    if progress is False:
+        settings["enable_progress_bars"] = False
+    with _running(routed.context, **settings):
+        merged = routed.groupby(_FRAGMENT).map_groups(
+            merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **workers.ray_remote_args
+        )
         return [json.loads(row["outcome"]) for row in merged.take_all()]
 
 
 @contextmanager
-def _own_errors(context: Any) -> Iterator[None]:
-    """Run a dataset of this context so that what its functions raise comes out as an error of this package."""
-    before = context.raise_original_map_exception
-    context.raise_original_map_exception = True  # what Ray wraps it in loses it on the way to the driver
+def _running(context: Any, **settings: Any) -> Iterator[None]:
+    """Run a dataset so that what its functions raise comes out as an error of this package.
+
+    Args:
+        context: of the dataset. It is the caller's own, so everything in it is as before afterwards.
+        settings: for the time of the run.
+    """
+    settings["raise_original_map_exception"] = True  # what Ray wraps it in loses it on the way to the driver
+    before = {name: getattr(context, name) for name in settings}
     try:
+        for name, value in settings.items():
+            setattr(context, name, value)
         yield
     except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised: only what is inside says what it was
         raise _told(error) from (getattr(error, "cause", None) or error)
     finally:
-        context.raise_original_map_exception = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _told(error: Exception) -> LanceRayError:

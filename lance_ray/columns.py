@@ -265,6 +265,17 @@ def add_columns(
     table = TableRef.fold(uri, address, version=read_version).pin()
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     if isinstance(folded, pa.Schema):
+        _refuse(
+            "columns of nulls are not computed",
+            filter=filter,
+            read_columns=read_columns,
+            output_schema=output_schema or reader_schema,
+            batch_size=batch_size,
+            read_version=read_version,
+            fn_constructor_args=fn_constructor_args,
+            fn_constructor_kwargs=fn_constructor_kwargs,
+            transform_version=transform_version,
+        )
         return add_nulls(table, folded, options)
     return run_job(
         fold_job(
@@ -379,11 +390,19 @@ def update_columns(
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     workers = ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus)
     if ds is not None:
-        surplus: dict[str, Any] = {"filter": filter, "where_null": where_null or None, "changed_since": changed_since}
-        surplus |= {"read_columns": read_columns, "batch_size": batch_size, "fn_constructor_args": fn_constructor_args}
-        surplus |= {"transform_version": transform_version}
-        if given := sorted(key for key, value in surplus.items() if value is not None):
-            raise InvalidArgumentError("ds", given, "ds itself says which rows have which values")
+        _refuse(
+            "ds itself says which rows have which values, and is not computed again",
+            filter=filter,
+            where_null=where_null or None,
+            changed_since=changed_since,
+            read_columns=read_columns,
+            batch_format=None if batch_format == "pyarrow" else batch_format,
+            batch_size=batch_size,
+            fn_constructor_args=fn_constructor_args,
+            fn_constructor_kwargs=fn_constructor_kwargs,
+            transform_version=transform_version,
+            max_replans=None if max_replans == MAX_REPLANS else max_replans,
+        )
         return update_from(table, ds, columns, MergeOptions.fold(on, workers, options, progress))
     folded = fold_transform(
         transform,
@@ -405,6 +424,13 @@ def update_columns(
         Running(progress, max_replans),
     )
     return run_job(dataclasses.replace(job, spec=dataclasses.replace(job.spec, output=output, update=True)))
+
+
+def _refuse(why: str, **arguments: Any) -> None:
+    """Raise InvalidArgumentError for the first of these arguments that was given: it would have no effect."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise InvalidArgumentError(name, value, why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,14 +120,14 @@ def fold_transform(
             raise InvalidArgumentError("transform", "batch_udf(checkpoint_file=...)", "use job_id=, which resumes")
         output_schema = output_schema or transform.output_schema
         transform = transform.func
+    if arguments != ((), ()) and not inspect.isclass(transform):
+        raise InvalidArgumentError("fn_constructor_args", arguments, "is for a class only")
     if isinstance(transform, Mapping):
         return Transform(_as_sql(transform), schema=output_schema, version=version)
     if not callable(transform):
         raise InvalidArgumentError(
             "transform", transform, "must be a dict of SQL expressions, a function, a class, a field or a schema"
         )
-    if arguments != ((), ()) and not inspect.isclass(transform):
-        raise InvalidArgumentError("fn_constructor_args", arguments, "is for a class only")
     return Transform((), transform, batch_format, output_schema, keeps_input, arguments, version)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lance
 import numpy as np
@@ -25,6 +26,7 @@ from lance_ray.errors import (
     VersionNotFoundError,
 )
 from lance_ray.executors import LocalExecutor
+from lance_ray.table import TableRef
 from tests.blocks import assert_nothing_left_over, data_files, referenced_files, versions
 
 Values = Callable[[int], Any]
@@ -671,6 +673,22 @@ def test_a_table_in_a_namespace_gets_its_column(tmp_path: Path):
     assert lance_ray.drop_columns(**place, columns=["new"]).columns == tuple(numbers(0, 0).schema.names)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda uri: add(uri, plus_one),
+        lambda uri: update(uri, {"second": "id"}, "second", where_null=True, changed_since=1),
+    ],
+    ids=["add", "update"],
+)
+def test_the_version_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], object]):
+    target, pin = str(tmp_path / "table"), Mock(side_effect=TableRef.pin)
+    lance.write_dataset(numbers(0, 10), target, enable_stable_row_ids=True).add_columns({"second": "id"})
+    monkeypatch.setattr(TableRef, "pin", lambda ref: pin(ref))
+    call(target)
+    assert pin.call_count == 1
+
+
 def test_a_tag_names_the_version_to_compute_on(uri: str):
     seen: list[int] = []
 
@@ -717,6 +735,9 @@ def test_what_no_column_holds_is_refused(uri: str, transform: Any, error: type[E
         ({"transform": plus_one, "concurrency": 0}, "concurrency"),
         ({"transform": plus_one, "fn_constructor_args": [1]}, "fn_constructor_args"),
         ({"transform": {"new": "id"}, "read_columns": ["id"]}, "read_columns"),
+        ({"transform": {"new": "id"}, "fn_constructor_kwargs": {"a": 1}}, "fn_constructor_args"),
+        ({"transform": pa.field("new", pa.int64()), "filter": "id > 3"}, "filter"),
+        ({"transform": pa.field("new", pa.int64()), "read_version": 1}, "read_version"),
         ({"transform": plus_one, "ray_remote_args": {"max_retries": 3}}, "max_retries"),
         ({"transform": pa.field("new", pa.int64(), nullable=False)}, "nullable"),
     ],

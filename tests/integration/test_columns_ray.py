@@ -159,6 +159,20 @@ def test_rows_appended_meanwhile_are_an_error_or_null(tmp_path: Path, full: bool
         assert ids_and(uri, "new")[399] == 798
 
 
+def settings_of(ds: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(ds.context).items() if not name.startswith("_")}
+
+
+def test_the_settings_of_the_caller_s_dataset_are_as_before(tmp_path: Path):
+    uri = table_at(tmp_path / "t")
+    ds = ray.data.from_arrow(source(uri, "id", values=int16s))
+    before = settings_of(ds)
+    lance_ray.merge_columns_from(uri, ds, on="id", progress=False)
+    with pytest.raises(InvalidArgumentError):
+        lance_ray.merge_columns_from(uri, ds, on="id", progress=False)
+    assert settings_of(ds) == before
+
+
 def test_an_update_from_a_dataset_changes_the_rows_that_it_names(uri: str):
     ds = ray.data.from_arrow(pa.table({"id": [8, 4, 399], "value": [-8, -4, -399]}))
     report = lance_ray.update_columns(uri, ds, columns=["value"], on="id", progress=False)
@@ -542,6 +556,8 @@ def test_a_worker_that_is_killed_costs_an_attempt(tmp_path: Path):
         ({"on": "id"}, "columns of ds"),
         ({"on": ["_rowaddr", "id"]}, "alone"),
         ({"columns": ["id"], "on": "id"}, "id"),
+        ({"columns": ["value"], "on": "id", "filter": "id > 3"}, "filter"),
+        ({"columns": ["value"], "on": "id", "max_replans": 1}, "max_replans"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(tmp_path: Path, arguments: dict[str, Any], named: str):
