@@ -539,13 +539,13 @@ def run_job(job: ColumnJob, first_round: FirstRound | None = None) -> ColumnsRep
     table, ref = job.table, job.spec.job
     if (landed := landed_in(table, job.commit)) is not None:
         return ColumnsReport(table.ref.target, landed, job_id=ref.job_id, skipped=True)
-    plan = _plan_of(job)
-    earlier = _earlier_plans(job, plan)
+    plan = None if job.commit.job_id is None else _plan_of(job)
+    earlier = [] if plan is None else _earlier_plans(job, plan)
     since = min([table.version, *(int(item["read_version"]) for item in earlier)])
     ref = dataclasses.replace(ref, since=since)
     job = dataclasses.replace(job, spec=dataclasses.replace(job.spec, job=ref))
     check_cluster([table])
-    with ref.running(job.operation, exclusive=job.commit.job_id is not None, plan=_kept(job, plan)):
+    with ref.running(job.operation, exclusive=plan is not None, plan=plan):
         run = _Run(job, started, first_round)
         try:
             if earlier:
@@ -569,7 +569,7 @@ def _earlier_plans(job: ColumnJob, plan: dict[str, Any]) -> list[dict[str, Any]]
 
     The version that they read may differ: a result goes with its own, and counts while its fragment is the same.
     """
-    earlier = [] if job.commit.job_id is None else job.spec.job.earlier_plans()
+    earlier = job.spec.job.earlier_plans()
     for other in earlier:
         differing = sorted(key for key in plan if key != "read_version" and other.get(key) != plan[key])
         if differing:
@@ -593,10 +593,6 @@ def _plan_of(job: ColumnJob) -> dict[str, Any]:
         "output": None if spec.output is None else str(spec.output),
         "transform": spec.transform.fingerprint(),
     }
-
-
-def _kept(job: ColumnJob, plan: dict[str, Any]) -> dict[str, Any] | None:
-    return None if job.commit.job_id is None else plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -629,7 +625,6 @@ class _Run:
         """What an earlier run of the job has finished."""
         found = map(ColumnResult.read, self._job.spec.job.take_over())
         self._results = {result.fragment: result for result in sorted(found, key=lambda result: result.version)}
-        self._report = dataclasses.replace(self._report, resumed=len(self._results))
 
     def through(self) -> ColumnsReport:
         """Compute and commit, again for what others changed meanwhile.
@@ -693,6 +688,8 @@ class _Run:
 
     def _round(self, *, first: bool) -> None:
         todo = self._operation().stale(self._table.open())
+        if first:
+            self._report = dataclasses.replace(self._report, resumed=len(set(self._results) - set(todo)))
         if not todo:
             return
         if first and self._first_round is not None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from ray.cloudpickle import CloudPickler
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range)
 _UNTOLD = re.compile(
@@ -113,11 +114,16 @@ class _Walk:
         yield from self._all(code.co_consts)
 
     def _function(self, function: FunctionType) -> Iterator[bytes | str]:
-        if not self._is_own(function.__module__):
+        own = self._is_own(function.__module__)
+        if not own:
             yield f"{function.__module__}.{function.__qualname__}"
-            return
-        yield from self._all((function.__code__, function.__defaults__, function.__kwdefaults__, function.__dict__))
+            if _importable(function):
+                return
+        yield from self._all((function.__defaults__, function.__kwdefaults__, function.__dict__))
         yield from self._all(function.__closure__ or ())
+        if not own:  # made by an installed package for the caller: its values count, its code is the package's
+            return
+        yield self.digest(function.__code__)
         names = sorted(set(_names(function.__code__)))
         for name in (name for name in names if name in function.__globals__):
             found = function.__globals__[name]
@@ -151,8 +157,9 @@ class _Walk:
         """By its type and what it is pickled as; what is not pickled stays out, for no worker gets it either."""
         yield self.digest(type(value))
         try:
-            reduced = value.__reduce_ex__(4)
-        except Exception:  # noqa: BLE001 - a lock, a handle of a file: nothing of it could be told, and any type may be raised
+            reduce = CloudPickler.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except Exception:  # noqa: BLE001 - a lock, a generator: nothing of it can be told, and any type may be raised
             return
         if isinstance(reduced, str):
             yield reduced
@@ -203,6 +210,14 @@ def _hashed(*parts: Any) -> bytes:
 
 def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
+
+
+def _importable(function: FunctionType) -> bool:
+    """Whether the name of a function leads to it, and so says all about it."""
+    found: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
 
 
 def _names(code: CodeType) -> Iterator[str]:

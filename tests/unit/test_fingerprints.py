@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,12 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "cached": (functools.lru_cache(closure(1)), functools.lru_cache(closure(2))),
     "bytes": (b"a", bytearray(b"a")),
     "random state": (np.random.default_rng(1), np.random.default_rng(2)),
+    "pattern": (re.compile("a"), re.compile("b")),
+    "keys": ({"a": 1}.keys(), {"b": 1}.keys()),
+    "view of bytes": (memoryview(b"a"), memoryview(b"b")),
+    "function made by a package": (pytest.approx(1).__eq__, pytest.approx(2).__eq__),
+    "closure of a package": (operator.attrgetter("a"), operator.attrgetter("b")),
+    "decorator of a package": (contextmanager(closure(1)), contextmanager(closure(2))),
     "path": (Path("a"), Path("b")),
 }
 
