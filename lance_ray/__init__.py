@@ -33,6 +33,7 @@ version) and *commit* (one module), and each question has one file:
 ``cleanup``           ``cleanup_orphans``
 ``namespaces``        catalogs for users: connect, create, register, list, describe, drop
 ``transforms``        what computes columns: SQL, functions, classes
+``fingerprints``      what tells one of those from another across processes
 ``column_commits``    what a change of columns commits, and what it makes of changes by others
 ``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
 ``column_merge``      ``merge_columns_from``, ``add_columns_from``: values from a Ray Dataset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,11 @@ def drop_columns(
         raise InvalidArgumentError("columns", names, "must name at least one column")
     table, ref = _newest(uri, locals())
     dataset = table.open_latest()
-    if unknown := [name for name in names if name.split(".")[0] not in dataset.schema.names]:
-        raise InvalidArgumentError("columns", unknown, f"must be columns of the table: {dataset.schema.names}")
+    paths = set(_paths(dataset.schema))
+    if unknown := [name for name in names if name not in paths]:
+        raise InvalidArgumentError("columns", unknown, f"must be columns of the table: {sorted(paths)}")
+    if set(names) >= set(dataset.schema.names):
+        raise InvalidArgumentError("columns", names, "a table keeps at least one column")
     with translate_errors("drop columns of", table.uri, secrets=table.secrets):
         dataset.drop_columns(names)
     return _report(ref, "drop_columns", dataset)
@@ -101,6 +104,7 @@ def alter_columns(
             raise InvalidArgumentError("data_type", item["data_type"], "must be a pyarrow type")
     table, ref = _newest(uri, locals())
     dataset = table.open_latest()
+    _refuse_taken_names(dataset.schema, alterations)
     with translate_errors("alter columns of", table.uri, secrets=table.secrets):
         alter: Any = dataset.alter_columns  # pylance declares one of each, and takes many
         alter(*map(dict, alterations))
@@ -173,6 +177,23 @@ def restore(
     with translate_errors("restore", table.uri, secrets=table.secrets):
         dataset.restore()  # type: ignore[no-untyped-call] # pylance declares nothing here
     return _report(ref, "restore", table.open_latest())
+
+
+def _paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
+    """The names of columns, and of what is nested in structs by its path."""
+    for field in fields:
+        yield prefix + field.name
+        if pa.types.is_struct(field.type):
+            yield from _paths(field.type, f"{prefix}{field.name}.")
+
+
+def _refuse_taken_names(schema: pa.Schema, alterations: Sequence[Mapping[str, Any]]) -> None:
+    paths = list(_paths(schema))
+    for item in alterations:
+        folder, dot, own = str(item["path"]).rpartition(".")
+        name = item.get("name", own)
+        if name != own and f"{folder}{dot}{name}" in paths:
+            raise InvalidArgumentError("name", name, f"the table has such a column already: {paths}")
 
 
 _ADDRESS = ("table_id", "namespace_impl", "namespace_properties", "storage_options", "base_store_params")

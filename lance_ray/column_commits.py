@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import lance
 import numpy as np
+import pyarrow as pa
 from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
 
 from lance_ray.commit import Operation, field_identities
 from lance_ray.errors import LanceRayError, SnapshotChangedError, translate_errors
-from lance_ray.planning.columns import ColumnResult, still_to_do
+from lance_ray.planning.columns import ColumnResult
 from lance_ray.table import PinnedTable
 
 
@@ -26,8 +28,13 @@ def fragments_of(dataset: lance.LanceDataset) -> dict[int, dict[str, Any]]:
 
 
 def schema_digest(dataset: lance.LanceDataset) -> str:
-    """Tells the columns of a version, with the ids by which files know them, from those of another."""
-    return hashlib.blake2b(repr(field_identities(dataset)).encode(), digest_size=16).hexdigest()
+    """Tells the columns of a version from those of another: with the ids by which files know them.
+
+    The largest id in use belongs to it: from there on the engine counts the ids of new columns, and only files that
+    were written with the same ids go together.
+    """
+    text = repr((field_identities(dataset), dataset.max_field_id))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,21 @@ class ColumnsOperation(Operation):
 
     Attributes:
         table: the table, to look at the version of a result.
-        digest: of the schema that the results were made for.
+        output: the columns that are written.
         results: by fragment.
         complete: whether every fragment of the newest version needs a result.
     """
 
     table: PinnedTable
-    digest: str
+    output: pa.Schema
     results: Mapping[int, ColumnResult]
     complete: bool = True
+    reads_what_it_replaces: ClassVar[bool] = False
+    """Whether a file holds the values of all rows, so that not even a deletion may come between."""
+
+    @abstractmethod
+    def refuse(self, base: lance.LanceDataset) -> None:
+        """Raise SnapshotChangedError if the columns cannot be committed to this version, whatever is computed."""
 
     def fitting(self, base: lance.LanceDataset | None) -> list[tuple[dict[str, Any], ColumnResult | None]]:
         """Each fragment of the newest version with its result.
@@ -53,39 +66,47 @@ class ColumnsOperation(Operation):
             SnapshotChangedError: some fragment has none, or has changed since.
         """
         assert base is not None  # noqa: S101 - base() of this class opens or raises
+        self.refuse(base)
         now = fragments_of(base)
-        planned = max((result.version for result in self.results.values()), default=base.version)
-        if schema_digest(base) != self.digest:
-            raise SnapshotChangedError("the table's columns changed", planned=planned, current=base.version)
-        wanted = list(now) if self.complete else list(self.results)
-        stale = set(self.stale(base, now, wanted)) | ({item for item in wanted if item not in now})
+        stale = self.stale(base)
         if stale:
-            raise SnapshotChangedError(
-                f"fragments {sorted(stale)[:10]} ({len(stale)} in all) were added or changed",
-                planned=planned,
-                current=base.version,
-            )
+            text = f"{len(stale)} fragment(s) or the table's columns were added or changed, such as {stale[:10]}"
+            raise self._changed(text, base)
         return [(metadata, self.results.get(item)) for item, metadata in now.items()]
 
-    def stale(self, base: lance.LanceDataset, now: Mapping[int, Mapping[str, Any]], wanted: Sequence[int]) -> list[int]:
-        """The fragments to compute (again): those without a result, and those whose rows are not all in it."""
-        todo = still_to_do(self.results, now, wanted)
-        others = (item for item in wanted if item in now and item not in todo)
-        grown = [item for item in others if not self.results[item].stands_on(now[item])]
-        return todo + [item for item in grown if not _covers(self.table, self.results[item], base)]
+    def stale(self, base: lance.LanceDataset) -> list[int]:
+        """The fragments to compute (again): those without a result, and those whose rows or columns are others."""
+        now, digest = fragments_of(base), schema_digest(base)
+        wanted = now if self.complete else self.results
+        return [item for item in wanted if item not in now or not self._fits(item, now[item], digest, base)]
+
+    def _fits(self, item: int, now: Mapping[str, Any], digest: str, base: lance.LanceDataset) -> bool:
+        result = self.results.get(item)
+        if result is None or result.digest != digest:
+            return False
+        if result.stands_on(now):
+            return True
+        if result.has_file and self.reads_what_it_replaces:
+            return False
+        return result.stands_but_for_deletions(now) and _covers(self.table, result, base)
+
+    def _changed(self, text: str, base: lance.LanceDataset) -> SnapshotChangedError:
+        planned = max((result.version for result in self.results.values()), default=self.table.version)
+        return SnapshotChangedError(text, planned=planned, current=base.version)
 
 
 def _covers(table: PinnedTable, result: ColumnResult, newest: lance.LanceDataset) -> bool:
     """Whether all rows of the fragment were there when it was computed: more deletions do no harm, fewer do."""
     try:
         planned = table.open_at(result.version)
-        before, now = (_live(dataset, result.fragment) for dataset in (planned, newest))
+        before, now = (live_rows(dataset, result.fragment) for dataset in (planned, newest))
     except LanceRayError:  # cleaned up, or not readable now: to compute it again is always right
         return False
     return bool(np.isin(now, before).all())
 
 
-def _live(dataset: lance.LanceDataset, fragment: int) -> np.ndarray:
+def live_rows(dataset: lance.LanceDataset, fragment: int) -> np.ndarray:
+    """The addresses of the rows of a fragment that are not deleted, in its order."""
     found: Any = dataset.get_fragment(fragment)
     with translate_errors("scan", dataset.uri):
         table = dataset.scanner(columns=[], with_row_address=True, fragments=[found]).to_table()
@@ -94,29 +115,43 @@ def _live(dataset: lance.LanceDataset, fragment: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AddColumns(ColumnsOperation):
-    """New columns: each fragment gets the file with its values. Rows deleted meanwhile stay deleted."""
+    """New columns: each fragment gets the file with its values, or null without one. Deleted rows stay deleted."""
+
+    def refuse(self, base: lance.LanceDataset) -> None:
+        """Others may have added columns of these names."""
+        if existing := sorted(set(self.output.names) & set(base.schema.names)):
+            raise self._changed(f"others added columns {existing} meanwhile", base)
 
     def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:
-        """The engine's merge."""
-        fragments = []
+        """The engine's merge: the newest schema with the new columns, whatever else was changed in it meanwhile."""
+        assert base is not None  # noqa: S101 - base() of this class opens or raises
+        fragments: list[FragmentMetadata] = []
+        added: tuple[str, ...] = ()
         for metadata, result in self.fitting(base):
             files = [] if result is None else result.new_files
+            added = added or (() if result is None else result.added)
             fragments.append(_fragment({**metadata, "files": [*metadata["files"], *files]}))
-        schema = next(result.schema for result in self.results.values() if result.schema)
-        return lance.LanceOperation.Merge(fragments, read_schema(schema))
+        fields = [bytes.fromhex(item) for item in added] or _fields_for(self.output, base)
+        # Rows that are appended beside it have null: right only where all rows have.
+        return lance.LanceOperation.Merge(
+            fragments, _with_fields(base.lance_schema, fields), preserves_nullability=not (added or self.complete)
+        )
 
 
 @dataclass(frozen=True)
 class UpdateColumns(ColumnsOperation):
     """Other values in columns that exist: each fragment with matching rows gets a file that replaces these columns."""
 
-    def stale(self, base: lance.LanceDataset, now: Mapping[int, Mapping[str, Any]], wanted: Sequence[int]) -> list[int]:
-        """As for new columns, but what was read may not have changed at all where something was written."""
-        todo = super().stale(base, now, wanted)
-        rest = (item for item in wanted if item in now and item not in todo)
-        return todo + [
-            item for item in rest if self.results[item].has_file and not self.results[item].stands_on(now[item])
+    reads_what_it_replaces: ClassVar[bool] = True
+
+    def refuse(self, base: lance.LanceDataset) -> None:
+        """Others may have dropped or cast a column."""
+        now: pa.Schema = base.schema
+        changed = [
+            item.name for item in self.output if item.name not in now.names or now.field(item.name).type != item.type
         ]
+        if changed:
+            raise self._changed(f"others dropped or cast columns {changed} meanwhile", base)
 
     def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:
         """The engine's update of columns."""
@@ -133,17 +168,30 @@ def _fragment(metadata: Mapping[str, Any]) -> FragmentMetadata:
     return FragmentMetadata.from_json(json.dumps(metadata))
 
 
-def schema_text(schema: LanceSchema) -> str:
-    """The schema, field ids included, as text: the form in which it is pickled, which nothing else offers."""
+# A schema with field ids is read and made by what it is pickled as; pylance offers nothing else. See the unit tests.
+
+
+def added_fields(schema: LanceSchema, before: LanceSchema) -> tuple[str, ...]:
+    """The fields that a schema has beyond those of ``before``, ids included, as text."""
+    return tuple(field.hex() for field in _fields(schema)[len(_fields(before)) :])
+
+
+def _fields(schema: LanceSchema) -> list[bytes]:
     parts: Any = schema.__reduce__()[1]
-    metadata, *fields = parts
-    return json.dumps([metadata, *(field.hex() for field in fields)])
+    return list(parts[1:])
 
 
-def read_schema(text: str) -> LanceSchema:
-    """The schema that :func:`schema_text` wrote."""
-    metadata, *fields = json.loads(text)
-    return LanceSchema._from_protos(metadata, *map(bytes.fromhex, fields))
+def _with_fields(schema: LanceSchema, fields: Sequence[bytes]) -> LanceSchema:
+    pickled: Any = schema.__reduce__()
+    made: LanceSchema = pickled[0](*pickled[1], *fields)
+    return made
+
+
+def _fields_for(columns: pa.Schema, base: lance.LanceDataset) -> list[bytes]:
+    """New columns as the engine describes them, with the next ids: it counts them through a schema from 0 on."""
+    taken = base.max_field_id + 1
+    padding = [pa.field(f"{item} is taken", pa.null()) for item in range(taken)]
+    return _fields(LanceSchema.from_pyarrow(pa.schema([*padding, *columns])))[taken:]
 
 
 def as_dict(result: ColumnResult) -> dict[str, Any]:

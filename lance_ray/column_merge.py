@@ -1,7 +1,8 @@
 """Columns whose values come from a Ray Dataset: brought to the fragments of their rows, checked row by row, committed.
 
-Ray Data groups the rows by fragment. Each group is checked against the rows that the fragment has, and written as one
-file; nothing is ever assigned by position. A worker holds the new columns of one fragment at a time.
+Ray Data sorts the rows by fragment. Each group is checked against the rows that the fragment has, and written as one
+file; nothing is ever assigned by position. What a worker holds at a time is a range of that order: about as many values
+as a block of the dataset has, or those of one fragment.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import and_
@@ -21,42 +23,58 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from lance.dataset import serialize_row_addrs
+from ray.data.context import ShuffleStrategy
 
 from lance_ray import commit
 from lance_ray.arrow import align, to_arrow, unify
-from lance_ray.column_commits import AddColumns, UpdateColumns, fragments_of, schema_digest, schema_text
+from lance_ray.column_commits import AddColumns, UpdateColumns, added_fields, live_rows
 from lance_ray.columns import (
+    MAX_REPLANS,
+    ColumnJob,
+    ColumnSpec,
     ColumnsReport,
     ColumnWorkers,
+    Loaded,
+    Reading,
+    Running,
     columns_of,
+    fold_job,
     fragments_of_one,
+    landed_in,
+    load,
     record_result,
     refuse_existing,
+    rows_of_batch,
+    run_job,
     spread,
+    unchanged,
+    values_of,
 )
-from lance_ray.datasource import read_lance
+from lance_ray.datasource import make_datasource
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
     LanceRayError,
     RowCoverageError,
+    SchemaMismatchError,
+    TaskFailedError,
     translate_errors,
     unwrap,
 )
 from lance_ray.ledger import JobRef
-from lance_ray.options import CommitOptions, pairs
+from lance_ray.options import CommitOptions, PlanOptions, ScanOptions, pairs
 from lance_ray.planning.columns import ColumnResult
 from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import PinnedTable, TableRef
-from lance_ray.transforms import BatchFormat, Transform, fold_transform
+from lance_ray.transforms import BatchFormat, fold_transform
 
-_FRAGMENT, _ADDRESS = "__lance_ray_fragment", "__lance_ray_address"
+_FRAGMENT, _ADDRESS, _KEY = "__lance_ray_fragment", "__lance_ray_address", "__lance_ray_key"
+_SYSTEM = ("_rowaddr", "_rowid")
 _NOWHERE = -1
 _EXAMPLES = 5
-_MAX_PARTITIONS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +178,7 @@ def merge_columns_from(
     )
     if ds is None:
         raise InvalidArgumentError("ds", None, "must be a Ray Dataset")
-    return _merge(TableRef.fold(uri, address, version=read_version), ds, options, batch_size)
+    return _merge(TableRef.fold(uri, address, version=read_version).pin(), ds, options, batch_size)
 
 
 def add_columns_from(
@@ -174,9 +192,15 @@ def add_columns_from(
     batch_size: int | None = None,
     read_version: int | str | None = None,
     concurrency: int | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    fn_constructor_args: Sequence[Any] | None = None,
+    fn_constructor_kwargs: Mapping[str, Any] | None = None,
     job_id: str | None = None,
+    transform_version: str | None = None,
     commit_message: str | None = None,
     transaction_properties: Mapping[str, str] | None = None,
+    max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
     storage_options: dict[str, str] | None = None,
@@ -188,11 +212,19 @@ def add_columns_from(
     """:func:`lance_ray.add_columns` through Ray Data: also large fragments are computed by all workers.
 
     The table is read in row ranges, the transform runs in ``map_batches``, and the values go back to the fragments of
-    their rows. For few large fragments and costly functions; otherwise ``add_columns`` moves less data.
+    their rows. For few large fragments and costly functions; otherwise ``add_columns`` moves less data. Fragments that
+    others append or change meanwhile are computed as ``add_columns`` does it.
 
-    Keywords are those of :func:`lance_ray.add_columns` and :func:`merge_columns_from`.
+    Keywords, result and errors are those of :func:`lance_ray.add_columns`. No fragment is finished before all values
+    are computed, so that a run with a ``job_id`` which failed earlier leaves nothing to go on from.
     """
-    folded = fold_transform(transform, batch_format=batch_format, output_schema=output_schema)
+    folded = fold_transform(
+        transform,
+        batch_format=batch_format,
+        output_schema=output_schema,
+        setup=(fn_constructor_args, fn_constructor_kwargs),
+        version=transform_version,
+    )
     if isinstance(folded, pa.Schema):
         raise InvalidArgumentError("transform", folded.names, "columns of nulls are what add_columns() is for")
     address = {
@@ -202,79 +234,83 @@ def add_columns_from(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
-    ref = TableRef.fold(uri, address, version=read_version)
-    table = ref.pin()
-    workers = ColumnWorkers.fold(concurrency, ray_remote_args)
-    given: dict[str, Any] = {key: value for key, value in address.items() if value is not None}
-    source = read_lance(
-        table.uri if ref.namespace is None else None,
-        **given,
-        columns=dict(folded.sql) if folded.sql else read_columns,
-        filter=filter,
-        version=table.version,
-        scanner_options={"with_row_address": True},
-    )
-    ds = source
-    if not folded.sql:
-        apply: Any = _Apply if folded.is_stateful else partial(_apply, folded)
-        setup: dict[str, Any] = {"fn_constructor_args": (folded,)} if folded.is_stateful else {}
-        ds = source.map_batches(
-            apply,
-            batch_format="pyarrow",
-            batch_size=batch_size,
-            concurrency=concurrency,
-            **setup,
-            **workers.ray_remote_args,
-        )
-    options = MergeOptions.fold(
-        "_rowaddr",
-        workers,
+    job = fold_job(
+        "add_columns",
+        TableRef.fold(uri, address, version=read_version).pin(),
+        folded,
+        Reading(read_columns, filter, batch_size),
+        ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus),
         CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id),
-        progress,
-        full=filter is None,
-        schema=output_schema,
+        Running(progress, max_replans),
     )
-    return _merge(dataclasses.replace(ref, version=table.version, opened=""), ds, options, None)
+    return run_job(job, by_ray_data)
 
 
-def _apply(transform: Transform, table: pa.Table) -> pa.Table:
-    batches = table.drop_columns(["_rowaddr"]).combine_chunks().to_batches()
-    if not batches:
-        return table.select(["_rowaddr"])
-    found = transform(batches[0])
-    return found.append_column("_rowaddr", table.column("_rowaddr"))
+def by_ray_data(job: ColumnJob, spec: ColumnSpec, fragments: Sequence[int]) -> list[ColumnResult]:
+    """The values of some fragments, each computed by many workers at once."""
+    table, output = job.table, spec.output
+    assert output is not None  # noqa: S101 - found out before the first round
+    scan = ScanOptions.fold(
+        None,
+        columns=dict(spec.transform.sql) if spec.transform.sql else spec.columns,
+        filter=spec.filter,
+        fragment_ids=list(fragments),
+        with_row_address=True,
+    )
+    # The plan decides how many blocks; Ray would split their output to reach any other number.
+    source = ray.data.read_datasource(make_datasource([table], scan, PlanOptions()), override_num_blocks=1)
+    apply: dict[str, Any] = {"fn": partial(_apply, Loaded(spec, spec.transform))}
+    if spec.transform.is_stateful:
+        apply = {"fn": _Apply, "fn_constructor_args": (spec,), "concurrency": job.workers.slots()}
+    elif job.workers.concurrency is not None:
+        apply["concurrency"] = job.workers.concurrency
+    computed = source.map_batches(
+        **apply,
+        batch_format="pyarrow",
+        batch_size=rows_of_batch(spec, table.open(), output),
+        **job.workers.ray_remote_args,
+    )
+    merging = MergeSpec(table, spec.job, ("_rowaddr",), output, full=spec.filter is None, update=False)
+    plain = {key: value for key, value in job.workers.ray_remote_args.items() if key != "num_gpus"}
+    merging_workers = dataclasses.replace(job.workers, ray_remote_args=plain)
+    outcomes = grouped(computed, merging, merging_workers, progress=job.progress)
+    results = results_of(outcomes, merging, fragments)
+    dataset = table.open()
+    rest = (item for item in fragments if item not in results)
+    return [*results.values(), *(unchanged(dataset, fragments_of_one(dataset, item)) for item in rest)]
+
+
+def _apply(loaded: Loaded, table: pa.Table) -> pa.Table:
+    addresses = table.column("_rowaddr")
+    values = values_of(loaded, table.combine_chunks().to_batches()[0], loaded.spec.output or pa.schema([]))
+    return _routed(values, np.asarray(addresses).astype(np.int64))
 
 
 class _Apply:
     """The same for a class, of which each worker makes one."""
 
-    def __init__(self, transform: Transform) -> None:
-        self._transform = transform.load()
+    def __init__(self, spec: ColumnSpec) -> None:
+        self._loaded = load(spec)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _apply(self._transform, table)
+        return _apply(self._loaded, table)
 
 
-def update_from(ref: TableRef, ds: Any, columns: tuple[str, ...], options: MergeOptions) -> ColumnsReport:
+def update_from(table: PinnedTable, ds: Any, columns: Sequence[str], options: MergeOptions) -> ColumnsReport:
     """New values of columns for the rows that ``ds`` names; the others keep theirs."""
-    schema = columns_of(ref.pin().open().schema, columns)
-    return _merge(ref, ds, dataclasses.replace(options, schema=schema, full=False), None, update=True)
+    schema = columns_of(table.open().schema, columns)
+    return _merge(table, ds, dataclasses.replace(options, schema=schema, full=False), None, update=True)
 
 
 def _merge(
-    ref: TableRef, ds: Any, options: MergeOptions, batch_size: int | None, *, update: bool = False
+    table: PinnedTable, ds: Any, options: MergeOptions, batch_size: int | None, *, update: bool = False
 ) -> ColumnsReport:
     started = time.monotonic()
-    table = ref.pin()
-    job_id = options.commit.operation_id
-    if options.commit.job_id is not None:
-        latest = table.open_latest()
-        since = max(0, latest.version - commit.HISTORY)
-        landed = commit.find_operation(latest, job_id, since, table.secrets)
-        if landed is not None:
-            return ColumnsReport(ref.target, landed, job_id=job_id, skipped=True)
-    job = JobRef(table, job_id, table.version)
-    output = _output(table, ds, options, update=update)
+    job = JobRef(table, options.commit.operation_id, table.version)
+    if (landed := landed_in(table, options.commit)) is not None:
+        return ColumnsReport(table.ref.target, landed, job_id=job.job_id, skipped=True)
+    _check_keys(table.open(), options.on)
+    output = _output(table.open(), ds, options, update=update)
     spec = MergeSpec(table, job, options.on, output, options.full, update)
     check_cluster([table])
     with job.running("merge_columns", exclusive=options.commit.job_id is not None):
@@ -287,25 +323,37 @@ def _merge(
             merge.tidy()
 
 
-def _output(table: PinnedTable, ds: Any, options: MergeOptions, *, update: bool) -> pa.Schema:
-    """The columns to be written, of the types that ``ds`` gives them."""
+def _check_keys(dataset: lance.LanceDataset, on: Sequence[str]) -> None:
+    """Raise InvalidArgumentError if the table's rows cannot be found by these."""
+    if len(on) == 1 and on[0] in _SYSTEM:
+        return
+    unknown = [name for name in on if name not in dataset.schema.names]
+    if unknown:
+        raise InvalidArgumentError(
+            "on", unknown, f"must be '_rowaddr' or '_rowid' alone, or columns of the table: {dataset.schema.names}"
+        )
+    nested = [name for name in on if pa.types.is_nested(dataset.schema.field(name).type)]
+    if nested:
+        raise InvalidArgumentError("on", nested, "lists, structs and maps cannot be compared as keys")
+
+
+def _output(dataset: lance.LanceDataset, ds: Any, options: MergeOptions, *, update: bool) -> pa.Schema:
+    """The columns to be written, of the types that ``ds`` gives them; for an update of those in the table."""
+    given = _schema_of(ds)
     schema = options.schema
-    names: list[str] = []
-    if schema is None or options.on:
-        found = ds.schema()
-        base = getattr(found, "base_schema", found)
-        names = list(base.names) if base is not None else []
-        if not isinstance(base, pa.Schema):
-            base = to_arrow(ds.take_batch(16, batch_format="pandas")).schema if names else pa.schema([])
-        if missing := [name for name in options.on if name not in names and names]:
-            raise InvalidArgumentError("on", missing, f"must be columns of ds: {names}")
-        if schema is None:
-            schema = unify([pa.schema([item for item in base if item.name not in options.on])]).remove_metadata()
-    if missing := [name for name in schema.names if names and name not in names]:
-        raise InvalidArgumentError("columns", missing, f"must be columns of ds: {names}")
+    if schema is None:
+        schema = unify([pa.schema([item for item in given if item.name not in options.on])]).remove_metadata()
+    if given.names:
+        for parameter, wanted in (("on", options.on), ("columns", schema.names)):
+            if missing := [name for name in wanted if name not in given.names]:
+                raise InvalidArgumentError(parameter, missing, f"must be columns of ds: {given.names}")
+        keys = _key_schema(dataset, options.on)
+        align(
+            to_arrow(given.empty_table()).select(keys.names), keys
+        )  # types that never fit are told before anything runs
+        align(to_arrow(given.empty_table()).select(schema.names), schema)
     if not schema.names:
-        raise InvalidArgumentError("ds", names, f"must have columns beside {list(options.on)}")
-    dataset = table.open()
+        raise InvalidArgumentError("ds", given.names, f"must have columns beside {list(options.on)}, or output_schema")
     if update:
         return schema
     refuse_existing(schema.names, dataset.schema)
@@ -313,6 +361,25 @@ def _output(table: PinnedTable, ds: Any, options: MergeOptions, *, update: bool)
     if unknown:
         raise InvalidArgumentError("output_schema", unknown, "these columns of ds are of the null type; declare them")
     return schema if options.full else pa.schema([item.with_nullable(True) for item in schema])
+
+
+def _schema_of(ds: Any) -> pa.Schema:
+    """The columns of a dataset as Arrow types; none where it is empty and does not know."""
+    with _running(ds.context):
+        found = ds.schema()
+        base = getattr(found, "base_schema", found)
+        if base is None or isinstance(base, pa.Schema):
+            return base or pa.schema([])
+        return to_arrow(ds.take_batch(16, batch_format="pandas")).schema if base.names else pa.schema([])
+
+
+def _key_schema(dataset: lance.LanceDataset, on: Sequence[str]) -> pa.Schema:
+    """The keys by which rows are found, as plain types that can be joined."""
+    fields = []
+    for name in on:
+        kind = pa.int64() if name in _SYSTEM else dataset.schema.field(name).type
+        fields.append(pa.field(name, kind.value_type if pa.types.is_dictionary(kind) else kind))
+    return pa.schema(fields)
 
 
 class _Merge:
@@ -327,10 +394,19 @@ class _Merge:
 
     def run(self, ds: Any, batch_size: int | None, started: float) -> ColumnsReport:
         """Group, check, write, commit."""
-        spec, dataset = self._spec, self._spec.table.open()
-        fragments = fragments_of(dataset)
-        self._collect(self._grouped(ds, batch_size, len(fragments)), fragments)
-        version = self._commit(dataset)
+        spec, workers = self._spec, self._options.workers
+        at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
+        routed = ds.map_batches(
+            route,
+            fn_kwargs={"spec": spec},
+            batch_format="pyarrow",
+            batch_size=batch_size,
+            **at_once,
+            **workers.ray_remote_args,
+        )
+        outcomes = grouped(routed, spec, workers, progress=self._options.progress)
+        self._results = results_of(outcomes, spec, list(spec.table.open().fragment_ids()))
+        version = self._commit()
         results = self._results.values()
         return ColumnsReport(
             spec.table.ref.target,
@@ -345,64 +421,14 @@ class _Merge:
             skipped=spec.update and not results,
         )
 
-    def _grouped(self, ds: Any, batch_size: int | None, fragments: int) -> list[dict[str, Any]]:
-        spec, remote = self._spec, dict(self._options.workers.ray_remote_args)
-        at_once = {"concurrency": self._options.workers.concurrency} if self._options.workers.concurrency else {}
-        routed = ds.map_batches(
-            route, fn_kwargs={"spec": spec}, batch_format="pyarrow", batch_size=batch_size, **at_once, **remote
-        )
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        partitions = max(1, min(fragments, _MAX_PARTITIONS, max(4 * cpus, fragments // 8)))
-        grouped = routed.groupby(_FRAGMENT, num_partitions=partitions)
-        merged = grouped.map_groups(merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **remote)
-        if self._options.progress is False:
-            context = merged.context
-            context.enable_progress_bars = False
-        try:
-            return [json.loads(row["outcome"]) for row in merged.take_all()]
-        except Exception as error:  # Ray wraps what a task raised: only the type inside says what it was
-            found = unwrap(error)
-            if found is error:
-                raise
-            raise found from error
-
-    def _collect(self, outcomes: Sequence[dict[str, Any]], fragments: Mapping[int, Mapping[str, Any]]) -> None:
-        """The results; or what is wrong, over all fragments.
-
-        Raises:
-            RowCoverageError: rows do not match.
-        """
-        counts = {name: sum(outcome[name] for outcome in outcomes) for name in ("duplicate", "unknown", "missing")}
-        examples: dict[str, list[Any]] = {}
-        for outcome in outcomes:
-            for name, values in outcome["examples"].items():
-                examples[name] = (examples.get(name, []) + values)[:_EXAMPLES]
-        for outcome in outcomes:
-            if outcome["result"] is not None:
-                item = outcome["result"]
-                self._results[item["fragment"]] = ColumnResult(**{**item, "fields": tuple(item["fields"])})
-        if self._spec.full:
-            seen = {outcome["fragment"] for outcome in outcomes}
-            for item, metadata in fragments.items():
-                if item not in seen:
-                    deleted = (metadata.get("deletion_file") or {}).get("num_deleted_rows") or 0
-                    counts["missing"] += metadata["physical_rows"] - deleted
-                    examples["missing"] = [*examples.get("missing", []), f"fragment {item}"][:_EXAMPLES]
-        if any(counts.values()):
-            raise RowCoverageError(**counts, examples=examples)
-
-    def _commit(self, dataset: lance.LanceDataset) -> int:
+    def _commit(self) -> int:
         spec, job = self._spec, self._spec.job
-        if not self._results:
-            if spec.update:
-                return dataset.version
-            version = commit.add_null_columns(spec.table, spec.output)
-            self._committed = True
-            return version
+        if spec.update and not self._results:
+            return spec.table.version
         if not job.is_open():
             raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
         kind = UpdateColumns if spec.update else AddColumns
-        operation = kind(spec.table, schema_digest(dataset), self._results, complete=spec.full)
+        operation = kind(spec.table, spec.output, self._results, complete=spec.full)
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
         try:
             receipt = commit.apply(spec.table, operation, self._options.commit, commit.Landing(job.job_id, job.since))
@@ -422,60 +448,160 @@ class _Merge:
             self._spec.job.discard()
 
 
+def grouped(routed: Any, spec: MergeSpec, workers: ColumnWorkers, *, progress: Any) -> list[dict[str, Any]]:
+    """What :func:`merge_group` says of each fragment that rows were routed to.
+
+    Raises:
+        LanceRayError: what a worker raised of this package.
+        TaskFailedError: anything else, such as an error of the caller's own function; it is the cause.
+    """
+    at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
+    # Sorting takes blocks without rows, which the hash shuffle fails on, and its ranges do not grow with the table.
+    settings: dict[str, Any] = {"shuffle_strategy": ShuffleStrategy.SORT_SHUFFLE_PULL_BASED}
+    if progress is False:
+        settings["enable_progress_bars"] = False
+    with _running(routed.context, **settings):
+        merged = routed.groupby(_FRAGMENT).map_groups(
+            merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **workers.ray_remote_args
+        )
+        return [json.loads(row["outcome"]) for row in merged.take_all()]
+
+
+@contextmanager
+def _running(context: Any, **settings: Any) -> Iterator[None]:
+    """Run a dataset so that what its functions raise comes out as an error of this package.
+
+    Args:
+        context: of the dataset. It is the caller's own, so everything in it is as before afterwards.
+        settings: for the time of the run.
+    """
+    settings["raise_original_map_exception"] = True  # what Ray wraps it in loses it on the way to the driver
+    before = {name: getattr(context, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(context, name, value)
+        yield
+    except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised: only what is inside says what it was
+        raise _told(error) from (getattr(error, "cause", None) or error)
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def _told(error: Exception) -> LanceRayError:
+    found = unwrap(error)
+    if isinstance(found, LanceRayError):
+        found.args = (str(found).partition("\nFailed to apply UDF")[0],)  # Ray adds advice of its own to the text
+        return found
+    return TaskFailedError("Ray Data", 1, getattr(error, "cause", None) or error)
+
+
+def results_of(
+    outcomes: Sequence[dict[str, Any]], spec: MergeSpec, fragments: Sequence[int]
+) -> dict[int, ColumnResult]:
+    """The results by fragment.
+
+    Raises:
+        RowCoverageError: rows do not match, in these outcomes or because a fragment has none.
+    """
+    counts = {name: sum(outcome[name] for outcome in outcomes) for name in ("duplicate", "unknown", "missing")}
+    examples: dict[str, list[Any]] = {}
+    for outcome in outcomes:
+        for name, values in outcome["examples"].items():
+            examples[name] = (examples.get(name, []) + values)[:_EXAMPLES]
+    seen = [outcome["fragment"] for outcome in outcomes]
+    if len(seen) != len(set(seen)):
+        raise LanceRayError(f"Ray Data gave the rows of a fragment in several groups: {sorted(seen)[:20]}")
+    for item in fragments if spec.full else ():
+        if item not in seen:
+            found: Any = spec.table.open().get_fragment(item)
+            counts["missing"] += found.count_rows()
+            examples["missing"] = [*examples.get("missing", []), f"fragment {item}"][:_EXAMPLES]
+    if any(counts.values()):
+        raise RowCoverageError(**counts, examples=examples)
+    results = [ColumnResult.read(outcome["result"]) for outcome in outcomes]
+    return {result.fragment: result for result in results}
+
+
 def route(table: pa.Table, spec: MergeSpec) -> pa.Table:
     """Runs on a worker: the new values of some rows, each with the address of its row and the fragment of that."""
-    source, found = _addresses(table, spec)
-    values = align(to_arrow(table.select(spec.output.names)), spec.output)
-    values = values.take(pa.array(source))
-    keys = table.select(list(spec.on)).take(pa.array(source))
-    fragments = np.where(found >= 0, found >> 32, _NOWHERE)
-    values = values.append_column(_ADDRESS, pa.array(np.maximum(found, 0), pa.int64()))
-    unknown = np.flatnonzero(found < 0)
-    text = np.full(len(found), None, dtype=object)
-    for place in unknown[:_EXAMPLES]:
-        row = keys.slice(int(place), 1).to_pylist()[0]
-        text[place] = str(next(iter(row.values())) if len(row) == 1 else row)
-    told = pa.array(list(text), pa.string())
-    return values.append_column(_FRAGMENT, pa.array(fragments, pa.int64())).append_column("__lance_ray_key", told)
+    if missing := [name for name in (*spec.on, *spec.output.names) if name not in table.schema.names]:
+        raise SchemaMismatchError(f"a block of ds has no columns {missing}: {table.schema.names}", columns=missing)
+    keys = to_arrow(table.select(list(spec.on)))
+    source, found = _addresses(keys, spec)
+    values = align(to_arrow(table.select(spec.output.names)), spec.output).take(pa.array(source))
+    told = np.full(len(found), None, dtype=object)
+    for place in np.flatnonzero(found < 0)[:_EXAMPLES]:
+        row = keys.slice(int(source[place]), 1).to_pylist()[0]
+        told[place] = str(next(iter(row.values())) if len(row) == 1 else row)
+    return _routed(values, found, told)
 
 
-def _addresses(table: pa.Table, spec: MergeSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of a row of ``table`` and the address of a row that it is for; -1 where the table has none."""
-    dataset = spec.table.open()
-    everything = np.arange(table.num_rows)
-    single = spec.on[0] if len(spec.on) == 1 else ""
-    if single == "_rowaddr" or (single == "_rowid" and not dataset.has_stable_row_ids):
-        ids = table.column(single).cast(pa.int64()).combine_chunks()
-        return everything, np.asarray(ids.fill_null(-1))
-    look = _by_row_id if single == "_rowid" else _by_keys
-    with translate_errors("look up rows of", spec.table.uri, secrets=spec.table.secrets):
-        return look(dataset, table, spec)
-
-
-def _by_row_id(dataset: lance.LanceDataset, table: pa.Table, _: MergeSpec) -> tuple[np.ndarray, np.ndarray]:
-    ids = table.column("_rowid").cast(pa.uint64()).combine_chunks()
-    wanted = pc.unique(ids.drop_null())
-    mask = serialize_row_addrs(wanted.to_pylist())  # keyed by row id, whatever its name says
-    scanner = dataset.scanner(columns=[], with_row_id=True, with_row_address=True, row_addr_allowlist=mask)
-    return _joined(table.select(["_rowid"]), scanner.to_table(), ("_rowid",))
-
-
-def _by_keys(dataset: lance.LanceDataset, table: pa.Table, spec: MergeSpec) -> tuple[np.ndarray, np.ndarray]:
-    schema = columns_of(dataset.schema, spec.on)
-    keys = align(to_arrow(table.select(list(spec.on))), schema)
-    parts = [pc.field(name).isin(pc.unique(keys.column(name).combine_chunks().drop_null())) for name in spec.on]
-    if not table.num_rows:
-        return np.arange(0), np.arange(0)
-    scanner = dataset.scanner(columns=list(spec.on), filter=reduce(and_, parts), with_row_address=True)
-    return _joined(keys, scanner.to_table(), spec.on)
-
-
-def _joined(wanted: pa.Table, found: pa.Table, on: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    left = wanted.append_column(_FRAGMENT, pa.array(np.arange(wanted.num_rows)))
-    right = found.select([*on, "_rowaddr"]).cast(
-        pa.schema([*(left.schema.field(name) for name in on), pa.field("_rowaddr", pa.uint64())])
+def _routed(values: pa.Table, addresses: np.ndarray, keys: np.ndarray | None = None) -> pa.Table:
+    """Values with the addresses of their rows, negative where there is no such row; then perhaps its key as text."""
+    told = pa.nulls(len(addresses), pa.string()) if keys is None else pa.array(list(keys), pa.string())
+    fragments = np.where(addresses >= 0, addresses >> 32, _NOWHERE)
+    return (
+        values.append_column(_ADDRESS, pa.array(np.maximum(addresses, 0), pa.int64()))
+        .append_column(_FRAGMENT, pa.array(fragments, pa.int64()))
+        .append_column(_KEY, told)
     )
-    joined = left.join(right, keys=list(on), join_type="left outer").sort_by(_FRAGMENT)
+
+
+def _addresses(keys: pa.Table, spec: MergeSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of a row of ``keys`` and the address of a row that it is for; -1 where the table has none."""
+    dataset = spec.table.open()
+    name = spec.on[0]
+    with translate_errors("look up rows of", spec.table.uri, secrets=spec.table.secrets):
+        if name not in _SYSTEM:
+            return _by_keys(dataset, align(keys, _key_schema(dataset, spec.on)))
+        numbers = _numbers(keys, name)
+        if name == "_rowaddr" or not dataset.has_stable_row_ids:
+            return np.arange(len(numbers)), numbers
+        return _by_row_id(dataset, numbers)
+
+
+def _numbers(keys: pa.Table, name: str) -> np.ndarray:
+    """Row ids or addresses; -1 for null and for what none can be."""
+    column = keys.column(name)
+    if pa.types.is_unsigned_integer(column.type):  # beyond int64 there are none
+        column = pc.if_else(pc.less(column, pa.scalar(2**63, pa.uint64())), column.cast(pa.uint64()), None)
+    numbers = align(keys.select([]).append_column(name, column), pa.schema([pa.field(name, pa.int64())])).column(name)
+    found: np.ndarray = np.maximum(np.asarray(numbers.combine_chunks().fill_null(_NOWHERE)), _NOWHERE)
+    return found
+
+
+def _by_row_id(dataset: lance.LanceDataset, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mask = serialize_row_addrs(np.unique(numbers[numbers >= 0]).tolist())  # keyed by row id, whatever its name says
+    scanner = dataset.scanner(columns=[], with_row_id=True, with_row_address=True, row_addr_allowlist=mask)
+    wanted = pa.table({"_rowid": pa.array(numbers, mask=numbers < 0)})
+    return _joined(wanted, scanner.to_table(), pa.schema([pa.field("_rowid", pa.int64())]))
+
+
+def _by_keys(dataset: lance.LanceDataset, keys: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """By a scan of the key columns. What the engine can compare it filters itself, perhaps by an index."""
+    wanted = {name: pc.unique(keys.column(name).combine_chunks().drop_null()) for name in keys.schema.names}
+    pushed = {name for name in wanted if dataset.schema.field(name).type in _PUSHED}
+    filters = [pc.field(name).isin(wanted[name]) for name in pushed]
+    scanner = dataset.scanner(
+        columns=list(wanted), filter=reduce(and_, filters) if filters else None, with_row_address=True
+    )
+    schema = pa.schema([*keys.schema, pa.field("_rowaddr", pa.uint64())])
+    found = [schema.empty_table()]
+    for batch in scanner.to_batches():
+        rows = align(to_arrow(batch), schema)
+        known = [pc.is_in(rows.column(name), values) for name, values in wanted.items() if name not in pushed]
+        found.append(rows.filter(reduce(pc.and_, known)) if known else rows)
+    return _joined(keys, pa.concat_tables(found), keys.schema)
+
+
+_PUSHED = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.string())
+
+
+def _joined(wanted: pa.Table, found: pa.Table, on: pa.Schema) -> tuple[np.ndarray, np.ndarray]:
+    left = wanted.append_column(_FRAGMENT, pa.array(np.arange(wanted.num_rows)))
+    right = found.select([*on.names, "_rowaddr"]).cast(pa.schema([*on, pa.field("_rowaddr", pa.uint64())]))
+    joined = left.join(right, keys=on.names, join_type="left outer").sort_by(_FRAGMENT)
     addresses = joined.column("_rowaddr").cast(pa.int64()).combine_chunks().fill_null(_NOWHERE)
     return np.asarray(joined.column(_FRAGMENT)), np.asarray(addresses)
 
@@ -487,10 +613,10 @@ def merge_group(table: pa.Table, spec: MergeSpec) -> pa.Table:
     outcome: dict[str, Any] = {"fragment": fragment, "duplicate": 0, "unknown": 0, "missing": 0, "examples": {}}
     outcome["result"] = None
     addresses = np.asarray(table.column(_ADDRESS)).astype(np.uint64)
-    live = _live(dataset, fragment) if fragment in set(dataset.fragment_ids()) else np.empty(0, np.uint64)
+    live = live_rows(dataset, fragment) if fragment in set(dataset.fragment_ids()) else np.empty(0, np.uint64)
     if fragment == _NOWHERE:
         outcome["unknown"] = table.num_rows
-        outcome["examples"]["unknown"] = table.column("__lance_ray_key").drop_null().to_pylist()[:_EXAMPLES]
+        outcome["examples"]["unknown"] = table.column(_KEY).drop_null().to_pylist()[:_EXAMPLES]
     else:
         _check(outcome, addresses, live, spec)
     if not (outcome["duplicate"] or outcome["unknown"] or outcome["missing"]):
@@ -513,12 +639,6 @@ def _check(outcome: dict[str, Any], addresses: np.ndarray, live: np.ndarray, spe
             outcome["examples"][name] = [f"_rowaddr {int(item)}" for item in found[:_EXAMPLES]]
 
 
-def _live(dataset: lance.LanceDataset, fragment: int) -> np.ndarray:
-    found: Any = dataset.get_fragment(fragment)
-    scanned = dataset.scanner(columns=[], with_row_address=True, fragments=[found]).to_table()
-    return np.asarray(scanned.column("_rowaddr"))
-
-
 def _write(spec: MergeSpec, fragment: int, values: pa.Table, addresses: np.ndarray, live: np.ndarray) -> ColumnResult:
     dataset = spec.table.open()
     planned = fragments_of_one(dataset, fragment)
@@ -533,13 +653,5 @@ def _write(spec: MergeSpec, fragment: int, values: pa.Table, addresses: np.ndarr
             engine: dict[str, Any] = {"fields": tuple(fields), "offsets": bytes(offsets).hex()}
         else:
             metadata, schema = writing.merge_columns(spread(values, addresses, live).to_reader(), batch_size=rows)
-            engine = {"schema": schema_text(schema)}
-    result = ColumnResult(
-        fragment,
-        dataset.version,
-        planned,
-        json.loads(json.dumps(metadata.to_json())),
-        rows=values.num_rows,
-        **engine,
-    )
-    return record_result(spec.job, dataset, result)
+            engine = {"added": added_fields(schema, dataset.lance_schema)}
+    return record_result(spec.job, dataset, planned, metadata, rows=values.num_rows, **engine)

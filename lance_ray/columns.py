@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,15 @@ import pyarrow as pa
 import ray
 
 from lance_ray import commit
-from lance_ray.arrow import align, engine_safe, row_width
+from lance_ray.arrow import engine_safe, row_width
 from lance_ray.column_commits import (
     AddColumns,
     ColumnsOperation,
     UpdateColumns,
+    added_fields,
     as_dict,
-    fragments_of,
+    live_rows,
     schema_digest,
-    schema_text,
 )
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
@@ -47,12 +47,20 @@ from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.table import PinnedTable, TableRef, newest
-from lance_ray.transforms import Appending, BatchFormat, Transform, aligned, fold_transform, output_of
+from lance_ray.transforms import (
+    Appending,
+    BatchFormat,
+    Transform,
+    aligned,
+    fold_transform,
+    output_of,
+    require_names,
+)
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_ROWS = 16
-_MAX_REPLANS = 5
+MAX_REPLANS = 5
 _SYSTEM = ("_rowid", "_rowaddr")
 
 
@@ -114,12 +122,18 @@ class ColumnJob:
     """A job, folded from the public keywords and checked."""
 
     operation: str
-    ref: TableRef
+    table: PinnedTable
+    """At the version to compute on."""
     spec: ColumnSpec
     workers: ColumnWorkers
     commit: CommitOptions
     progress: bool | Reporter | None = None
-    max_replans: int = _MAX_REPLANS
+    max_replans: int = MAX_REPLANS
+
+    @property
+    def asked(self) -> int | str | None:
+        """The version that the caller asked for; an opened dataset only says where to start."""
+        return None if self.table.ref.opened else self.table.ref.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +154,19 @@ class ColumnWorkers:
         """Ray tasks; actors for a transform with state."""
         if not stateful:
             return RayExecutor(self.ray_remote_args, name=operation)
-        return ActorExecutor(self.concurrency or _slots(self.ray_remote_args), load, self.ray_remote_args)
+        return ActorExecutor(self.slots(), load, self.ray_remote_args)
 
-
-def _slots(args: Mapping[str, Any]) -> int:
-    if not ray.is_initialized():
-        ray.init()
-    have = ray.cluster_resources()
-    cpus, gpus = args.get("num_cpus", 1), args.get("num_gpus")
-    slots = [have.get("CPU", 1.0) / cpus] if cpus else []
-    slots += [have.get("GPU", 0.0) / gpus] if gpus else []
-    return max(1, int(min(slots, default=1)))
+    def slots(self) -> int:
+        """How many workers with state: as asked, or what the cluster runs at once."""
+        if self.concurrency is not None:
+            return self.concurrency
+        if not ray.is_initialized():
+            ray.init()
+        have, args = ray.cluster_resources(), self.ray_remote_args
+        cpus, gpus = args.get("num_cpus", 1), args.get("num_gpus")
+        slots = [have.get("CPU", 1.0) / cpus] if cpus else []
+        slots += [have.get("GPU", 0.0) / gpus] if gpus else []
+        return max(1, int(min(slots, default=1)))
 
 
 def add_columns(
@@ -170,9 +186,10 @@ def add_columns(
     fn_constructor_args: Sequence[Any] | None = None,
     fn_constructor_kwargs: Mapping[str, Any] | None = None,
     job_id: str | None = None,
+    transform_version: str | None = None,
     commit_message: str | None = None,
     transaction_properties: Mapping[str, str] | None = None,
-    max_replans: int = _MAX_REPLANS,
+    max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
     storage_options: dict[str, str] | None = None,
@@ -203,7 +220,10 @@ def add_columns(
         fn_constructor_args: for the constructor of a class.
         fn_constructor_kwargs: the same by name.
         job_id: makes the job resumable: what is finished stays when it fails, and the next run with this id does the
-            rest. A run with another transform or other columns is refused.
+            rest. A run with another transform or other columns is refused: transforms are compared by their code and
+            by all values that it uses (arguments, closures, globals, attributes of classes and objects).
+        transform_version: compared in place of those, for a transform that uses what changes without a meaning, or
+            what cannot be looked into, such as a service or a file of weights.
         commit_message: kept with the version.
         transaction_properties: kept with the version.
         max_replans: how often fragments that others added or changed meanwhile are computed, and the commit repeated.
@@ -233,6 +253,7 @@ def add_columns(
         batch_format=batch_format,
         output_schema=output_schema or reader_schema,
         setup=(fn_constructor_args, fn_constructor_kwargs),
+        version=transform_version,
     )
     address = {
         "table_id": table_id,
@@ -241,14 +262,25 @@ def add_columns(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
-    ref = TableRef.fold(uri, address, version=read_version)
+    table = TableRef.fold(uri, address, version=read_version).pin()
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     if isinstance(folded, pa.Schema):
-        return add_nulls(ref, folded, options)
+        _refuse(
+            "columns of nulls are not computed",
+            filter=filter,
+            read_columns=read_columns,
+            output_schema=output_schema or reader_schema,
+            batch_size=batch_size,
+            read_version=read_version,
+            fn_constructor_args=fn_constructor_args,
+            fn_constructor_kwargs=fn_constructor_kwargs,
+            transform_version=transform_version,
+        )
+        return add_nulls(table, folded, options)
     return run_job(
         fold_job(
             "add_columns",
-            ref,
+            table,
             folded,
             Reading(read_columns, filter, batch_size),
             ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus),
@@ -286,9 +318,10 @@ def update_columns(
     fn_constructor_args: Sequence[Any] | None = None,
     fn_constructor_kwargs: Mapping[str, Any] | None = None,
     job_id: str | None = None,
+    transform_version: str | None = None,
     commit_message: str | None = None,
     transaction_properties: Mapping[str, str] | None = None,
-    max_replans: int = _MAX_REPLANS,
+    max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
     storage_options: dict[str, str] | None = None,
@@ -323,6 +356,7 @@ def update_columns(
         fn_constructor_args: the same.
         fn_constructor_kwargs: the same.
         job_id: the same.
+        transform_version: the same.
         commit_message: the same.
         transaction_properties: the same.
         max_replans: the same.
@@ -352,29 +386,51 @@ def update_columns(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
-    ref = TableRef.fold(uri, address, version=read_version)
+    table = TableRef.fold(uri, address, version=read_version).pin()
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     workers = ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus)
     if ds is not None:
-        surplus: dict[str, Any] = {"filter": filter, "where_null": where_null or None, "changed_since": changed_since}
-        surplus |= {"read_columns": read_columns, "batch_size": batch_size, "fn_constructor_args": fn_constructor_args}
-        if given := sorted(key for key, value in surplus.items() if value is not None):
-            raise InvalidArgumentError("ds", given, "ds itself says which rows have which values")
-        return update_from(ref, ds, tuple(columns), MergeOptions.fold(on, workers, options, progress))
-    chosen = _Chosen(tuple(columns), filter, where_null, changed_since)
-    folded = fold_transform(transform, batch_format=batch_format, setup=(fn_constructor_args, fn_constructor_kwargs))
+        _refuse(
+            "ds itself says which rows have which values, and is not computed again",
+            filter=filter,
+            where_null=where_null or None,
+            changed_since=changed_since,
+            read_columns=read_columns,
+            batch_format=None if batch_format == "pyarrow" else batch_format,
+            batch_size=batch_size,
+            fn_constructor_args=fn_constructor_args,
+            fn_constructor_kwargs=fn_constructor_kwargs,
+            transform_version=transform_version,
+            max_replans=None if max_replans == MAX_REPLANS else max_replans,
+        )
+        return update_from(table, ds, columns, MergeOptions.fold(on, workers, options, progress))
+    folded = fold_transform(
+        transform,
+        batch_format=batch_format,
+        setup=(fn_constructor_args, fn_constructor_kwargs),
+        version=transform_version,
+    )
     if isinstance(folded, pa.Schema):
         raise InvalidArgumentError("transform", folded.names, "must be SQL expressions, a function or a class")
+    output = columns_of(table.open().schema, columns)
+    chosen = _Chosen(tuple(output.names), filter, where_null, changed_since)
     job = fold_job(
         "update_columns",
-        ref,
+        table,
         folded,
-        Reading(read_columns, chosen.predicate(ref), batch_size),
+        Reading(read_columns, chosen.predicate(table), batch_size),
         workers,
         options,
         Running(progress, max_replans),
     )
-    return run_job(dataclasses.replace(job, spec=dataclasses.replace(job.spec, output=chosen.output(ref), update=True)))
+    return run_job(dataclasses.replace(job, spec=dataclasses.replace(job.spec, output=output, update=True)))
+
+
+def _refuse(why: str, **arguments: Any) -> None:
+    """Raise InvalidArgumentError for the first of these arguments that was given: it would have no effect."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise InvalidArgumentError(name, value, why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,16 +442,12 @@ class _Chosen:
     where_null: bool
     changed_since: int | None
 
-    def output(self, ref: TableRef) -> pa.Schema:
-        """The columns as the table has them."""
-        return columns_of(ref.pin().open().schema, self.columns)
-
-    def predicate(self, ref: TableRef) -> str | None:
+    def predicate(self, table: PinnedTable) -> str | None:
         """The rows, as SQL."""
         kinds = [f"`{name}` IS NULL" for name in self.columns] if self.where_null else []
         if self.changed_since is not None:
             check_positive("changed_since", self.changed_since, zero=True)
-            if not ref.pin().open().has_stable_row_ids:
+            if not table.open().has_stable_row_ids:
                 raise InvalidArgumentError(
                     "changed_since", self.changed_since, "the table has no stable row ids, and so no versions of rows"
                 )
@@ -410,7 +462,7 @@ def columns_of(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     Raises:
         InvalidArgumentError: it does not have one, or none is named.
     """
-    unknown = [name for name in names if name not in schema.names]
+    unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in schema.names]
     if unknown or not names or isinstance(names, str):
         raise InvalidArgumentError("columns", unknown or names, f"must be columns of the table: {schema.names}")
     return pa.schema([schema.field(name) for name in dict.fromkeys(names)])
@@ -430,19 +482,19 @@ class Running:
     """How the job shows itself, and how long it goes on against others."""
 
     progress: bool | Reporter | None = None
-    max_replans: int = _MAX_REPLANS
+    max_replans: int = MAX_REPLANS
 
 
 def fold_job(
     operation: str,
-    ref: TableRef,
+    table: PinnedTable,
     transform: Transform,
     reading: Reading,
     workers: ColumnWorkers,
     options: CommitOptions,
     running: Running,
 ) -> ColumnJob:
-    """The job, checked as far as no table is needed."""
+    """The job, checked as far as nothing has to be computed."""
     check_positive("batch_size", reading.batch_size)
     check_positive("max_replans", running.max_replans, optional=False, zero=True)
     if reading.filter is not None and not (isinstance(reading.filter, str) and reading.filter.strip()):
@@ -450,26 +502,25 @@ def fold_job(
     columns = None if reading.columns is None else tuple(reading.columns)
     if transform.sql and columns is not None:
         raise InvalidArgumentError("read_columns", columns, "SQL expressions name what they read")
-    job = JobRef(ref.unpinned(), options.operation_id)
+    job = JobRef(table, options.operation_id, table.version)
     spec = ColumnSpec(transform, job, columns, reading.filter, reading.batch_size)
-    return ColumnJob(operation, ref, spec, workers, options, running.progress, running.max_replans)
+    return ColumnJob(operation, table, spec, workers, options, running.progress, running.max_replans)
 
 
-def add_nulls(ref: TableRef, schema: pa.Schema, options: CommitOptions) -> ColumnsReport:
+def add_nulls(table: PinnedTable, schema: pa.Schema, options: CommitOptions) -> ColumnsReport:
     """Columns of nulls, by metadata alone."""
-    started = time.monotonic()
-    if options.message is not None or options.properties:
-        raise InvalidArgumentError("commit_message", options.message, "columns of nulls carry no message or properties")
-    table = newest(ref.pin())
+    started, target = time.monotonic(), table.ref.target
+    if (landed := landed_in(table, options)) is not None:
+        return ColumnsReport(target, landed, job_id=options.operation_id, skipped=True)
+    table, job_id = newest(table), options.operation_id
     refuse_existing(schema.names, table.open().schema)
     required = [item.name for item in schema if not item.nullable]
     if required:
         raise InvalidArgumentError("transform", required, "a column of nulls must be nullable")
-    version = commit.add_null_columns(table, schema)
-    fragments = len(table.open_at(version).fragment_ids())
-    return ColumnsReport(
-        ref.target, version, tuple(schema.names), fragments=fragments, seconds=time.monotonic() - started
-    )
+    operation = AddColumns(table, schema, {}, complete=False)
+    version = commit.apply(table, operation, options, commit.Landing(job_id, table.version)).version
+    fragments, seconds = len(table.open_at(version).fragment_ids()), time.monotonic() - started
+    return ColumnsReport(target, version, tuple(schema.names), fragments=fragments, seconds=seconds, job_id=job_id)
 
 
 def refuse_existing(names: Sequence[str], schema: pa.Schema) -> None:
@@ -478,71 +529,70 @@ def refuse_existing(names: Sequence[str], schema: pa.Schema) -> None:
         raise InvalidArgumentError("transform", existing, "the table has columns of these names; see update_columns()")
 
 
-def run_job(job: ColumnJob) -> ColumnsReport:
+FirstRound = Callable[[ColumnJob, ColumnSpec, Sequence[int]], Sequence[ColumnResult]]
+"""What computes the fragments of a job's first plan, where that is not one task for each."""
+
+
+def run_job(job: ColumnJob, first_round: FirstRound | None = None) -> ColumnsReport:
     """Plan, run, commit, and end the ledger."""
     started = time.monotonic()
-    spec = job.spec
-    landed = _landed(job)
-    if landed is not None:
-        return ColumnsReport(job.ref.target, landed, job_id=spec.job.job_id, skipped=True)
-    table, resumes = _read_version(job)
-    plan = _plan_of(job, table)
-    job = dataclasses.replace(job, spec=dataclasses.replace(spec, job=JobRef(table, spec.job.job_id, table.version)))
+    table, ref = job.table, job.spec.job
+    if (landed := landed_in(table, job.commit)) is not None:
+        return ColumnsReport(table.ref.target, landed, job_id=ref.job_id, skipped=True)
+    plan = None if job.commit.job_id is None else _plan_of(job)
+    earlier = [] if plan is None else _earlier_plans(job, plan)
+    since = min([table.version, *(int(item["read_version"]) for item in earlier)])
+    ref = dataclasses.replace(ref, since=since)
+    job = dataclasses.replace(job, spec=dataclasses.replace(job.spec, job=ref))
     check_cluster([table])
-    with job.spec.job.running(job.operation, exclusive=job.commit.job_id is not None, plan=_kept(job, plan)):
-        run = _Run(job, table, started)
+    with ref.running(job.operation, exclusive=plan is not None, plan=plan):
+        run = _Run(job, started, first_round)
         try:
-            if resumes:
+            if earlier:
                 run.take_over()
             return run.through()
         finally:
             run.tidy()
 
 
-def _landed(job: ColumnJob) -> int | None:
-    if job.commit.job_id is None:
+def landed_in(table: PinnedTable, options: CommitOptions) -> int | None:
+    """The version that a job which the caller gave an id committed before, or None."""
+    if options.job_id is None:
         return None
-    table = job.spec.job.table
     latest = table.open_latest()
     since = max(0, latest.version - commit.HISTORY)
-    return commit.find_operation(latest, job.commit.job_id, since, table.secrets)
+    return commit.find_operation(latest, options.job_id, since, table.secrets)
 
 
-def _read_version(job: ColumnJob) -> tuple[PinnedTable, bool]:
-    """The version to compute on: that of an earlier run of the same job, if there is one to go on from."""
-    table = job.ref.pin()
-    plans = [] if job.commit.job_id is None else job.spec.job.earlier_plans()
-    if not plans:
-        return table, False
-    earlier = plans[-1]
-    if job.ref.version is None:
-        table = dataclasses.replace(job.ref, version=int(earlier["read_version"]), opened="").pin()
-    mine = _plan_of(job, table)
-    differing = sorted(key for key in mine if earlier.get(key) != mine[key])
-    if differing:
-        raise InvalidArgumentError(
-            "job_id",
-            job.commit.job_id,
-            f"an unfinished run of this job differs in {differing}; use its arguments, another id, or remove it with"
-            " cleanup_orphans()",
-        )
-    return table, True
+def _earlier_plans(job: ColumnJob, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of earlier runs of the same job, which must have had the same arguments.
+
+    The version that they read may differ: a result goes with its own, and counts while its fragment is the same.
+    """
+    earlier = job.spec.job.earlier_plans()
+    for other in earlier:
+        differing = sorted(key for key in plan if key != "read_version" and other.get(key) != plan[key])
+        if differing:
+            raise InvalidArgumentError(
+                "job_id",
+                job.commit.job_id,
+                f"an unfinished run of this job differs in {differing}; use its arguments, another id, or remove it"
+                " with cleanup_orphans(). A transform that uses what changes by itself needs a transform_version",
+            )
+    return earlier
 
 
-def _plan_of(job: ColumnJob, table: PinnedTable) -> dict[str, Any]:
+def _plan_of(job: ColumnJob) -> dict[str, Any]:
     spec = job.spec
     return {
         "operation": job.operation,
-        "read_version": table.version,
+        "version": job.asked,
+        "read_version": job.table.version,
         "columns": None if spec.columns is None else list(spec.columns),
         "filter": spec.filter,
         "output": None if spec.output is None else str(spec.output),
         "transform": spec.transform.fingerprint(),
     }
-
-
-def _kept(job: ColumnJob, plan: dict[str, Any]) -> dict[str, Any] | None:
-    return None if job.commit.job_id is None else plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,22 +608,23 @@ class ColumnTask:
 class _Run:
     """One job on its way: rounds of tasks, each for the fragments that have no values which fit."""
 
-    def __init__(self, job: ColumnJob, table: PinnedTable, started: float) -> None:
+    def __init__(self, job: ColumnJob, started: float, first_round: FirstRound | None) -> None:
         self._job = job
-        self._table = table
+        self._spec = job.spec
+        """With all columns of the output, once they are found out. What tasks share stays the job's own, one object."""
+        self._table = job.table
         self._started = started
+        self._first_round = first_round
         self._results: dict[int, ColumnResult] = {}
-        self._report = ColumnsReport(job.ref.target, table.version, job_id=job.spec.job.job_id)
-        self._digest = schema_digest(table.open())
+        self._report = ColumnsReport(job.table.ref.target, job.table.version, job_id=job.spec.job.job_id)
+        self._workers: Executor | None = None
         self._committed: int | None = None
         self._unsettled = False
 
     def take_over(self) -> None:
         """What an earlier run of the job has finished."""
-        for item in self._job.spec.job.take_over():
-            result = ColumnResult(**{**item, "fields": tuple(item["fields"])})
-            self._results[result.fragment] = result
-        self._report = dataclasses.replace(self._report, resumed=len(self._results))
+        found = map(ColumnResult.read, self._job.spec.job.take_over())
+        self._results = {result.fragment: result for result in sorted(found, key=lambda result: result.version)}
 
     def through(self) -> ColumnsReport:
         """Compute and commit, again for what others changed meanwhile.
@@ -581,29 +632,37 @@ class _Run:
         Raises:
             SnapshotChangedError: they did not stop changing it.
         """
-        spec = self._job.spec
-        executor = self._job.workers.executor(self._job.operation, stateful=spec.transform.is_stateful)
         try:
-            spec = dataclasses.replace(spec, output=self._output(executor))
-            self._round(spec, executor, first=True)
+            self._spec = dataclasses.replace(self._spec, output=self._output())
+            self._round(first=True)
             for _ in range(self._job.max_replans):
-                if (report := self._try_commit(spec)) is not None:
+                if (report := self._try_commit()) is not None:
                     return report
                 self._follow()
-                self._round(spec, executor, first=False)
-            return self._commit(spec)
+                self._round(first=False)
+            return self._commit()
         finally:
-            if isinstance(executor, ActorExecutor):
-                executor.close()
+            self._release()
 
-    def _try_commit(self, spec: ColumnSpec) -> ColumnsReport | None:
+    def _try_commit(self) -> ColumnsReport | None:
         try:
-            return self._commit(spec)
+            return self._commit()
         except SnapshotChangedError as changed:
-            logger.info("%s: %s; computing these", self._job.ref.target, changed)
+            logger.info("%s: %s; computing these", self._job.table.ref.target, changed)
             return None
 
-    def _output(self, executor: Executor) -> pa.Schema:
+    def _executor(self) -> Executor:
+        if self._workers is None:
+            stateful = self._spec.transform.is_stateful
+            self._workers = self._job.workers.executor(self._job.operation, stateful=stateful)
+        return self._workers
+
+    def _release(self) -> None:
+        if isinstance(self._workers, ActorExecutor):
+            self._workers.close()
+        self._workers = None
+
+    def _output(self) -> pa.Schema:
         spec, dataset = self._job.spec, self._table.open()
         schema = spec.transform.schema
         if spec.update:
@@ -613,12 +672,12 @@ class _Run:
                 found = dataset.scanner(**_projection(spec)).projected_schema
                 schema = pa.schema([item for item in found if item.name not in _SYSTEM])
         elif schema is None:
-            run = run_tasks(
-                sample, [ColumnTask(self._table, -1)], shared=spec, options=self._options(), executor=executor
-            )
-            with run:
+            task = ColumnTask(self._table, -1)
+            with run_tasks(sample, [task], shared=spec, options=self._options(), executor=self._executor()) as run:
                 schema = pa.ipc.read_schema(pa.py_buffer(next(run).unwrap()))
         assert schema is not None  # noqa: S101 - each branch gave one
+        if spec.transform.sql:
+            require_names([name for name, _ in spec.transform.sql], schema.names)
         if not spec.update:
             refuse_existing(schema.names, dataset.schema)
         nullable = spec.filter is not None
@@ -627,35 +686,41 @@ class _Run:
     def _options(self) -> RunOptions:
         return RunOptions(max_in_flight=self._job.workers.concurrency, progress=self._job.progress)
 
-    def _round(self, spec: ColumnSpec, executor: Executor, *, first: bool) -> None:
-        operation = self._operation(spec)
-        dataset = self._table.open()
-        now = fragments_of(dataset)
-        todo = operation.stale(dataset, now, list(now))
+    def _round(self, *, first: bool) -> None:
+        todo = self._operation().stale(self._table.open())
+        if first:
+            self._report = dataclasses.replace(self._report, resumed=len(set(self._results) - set(todo)))
         if not todo:
+            return
+        if first and self._first_round is not None:
+            self._release()  # or the workers that tried some rows would hold what the first round needs
+            for result in self._first_round(self._job, self._spec, todo):
+                self._keep(result)
             return
         if not first:
             self._report = dataclasses.replace(self._report, recomputed=self._report.recomputed + len(todo))
-        tasks = [ColumnTask(self._table, item, spec.output) for item in todo]
+        tasks = [ColumnTask(self._table, item, self._spec.output) for item in todo]
         options = dataclasses.replace(self._options(), on_failure="report")
-        shared = self._job.spec
         run = run_tasks(
-            compute, tasks, shared=shared, options=options, executor=executor, operation=self._job.operation
+            compute,
+            tasks,
+            shared=self._job.spec,
+            options=options,
+            executor=self._executor(),
+            operation=self._job.operation,
         )
         failed = None
         with run:
             for outcome in run:
-                if outcome.error is not None:
-                    failed = failed or outcome.error
-                    continue
-                result = outcome.unwrap()
-                self._results[result.fragment] = result
-                self._count(result)
+                if outcome.error is None:
+                    self._keep(outcome.unwrap())
+                failed = failed or outcome.error
         self._report = dataclasses.replace(self._report, retried=self._report.retried + run.report.retried)
         if failed is not None:
             raise failed
 
-    def _count(self, result: ColumnResult) -> None:
+    def _keep(self, result: ColumnResult) -> None:
+        self._results[result.fragment] = result
         self._report = dataclasses.replace(
             self._report,
             rows=self._report.rows + result.rows,
@@ -663,55 +728,43 @@ class _Run:
             files=self._report.files + result.has_file,
         )
 
-    def _operation(self, spec: ColumnSpec) -> ColumnsOperation:
-        kind = UpdateColumns if spec.update else AddColumns
-        return kind(self._table, self._digest, self._results)
+    def _operation(self) -> ColumnsOperation:
+        assert self._spec.output is not None  # noqa: S101 - through() has found it out
+        kind = UpdateColumns if self._spec.update else AddColumns
+        return kind(self._table, self._spec.output, self._results)
 
-    def _commit(self, spec: ColumnSpec) -> ColumnsReport:
-        assert spec.output is not None  # noqa: S101 - through() has found it out
-        job = spec.job
-        if not any(result.has_file for result in self._results.values()):
-            return self._without_values(spec, spec.output)
+    def _commit(self) -> ColumnsReport:
+        job, operation = self._spec.job, self._operation()
+        if self._spec.update and not any(result.has_file for result in self._results.values()):
+            latest = self._table.open_latest()
+            operation.fitting(latest)
+            return dataclasses.replace(self._done(latest.version), skipped=True)
         if not job.is_open():
             raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
         try:
-            receipt = commit.apply(
-                self._table, self._operation(spec), self._job.commit, commit.Landing(job.job_id, job.since)
-            )
+            receipt = commit.apply(self._table, operation, self._job.commit, commit.Landing(job.job_id, job.since))
         except LanceRayError as error:
             self._unsettled = isinstance(error, CommitOutcomeUnknownError)
             raise
         self._unsettled = False
-        return self._done(spec.output, receipt.version)
+        return self._done(receipt.version)
 
-    def _without_values(self, spec: ColumnSpec, output: pa.Schema) -> ColumnsReport:
-        """No row was computed: an empty table gets the columns, and an update is over."""
-        if spec.update:
-            return dataclasses.replace(self._done(output, newest(self._table).version), skipped=True)
-        required = [item.name for item in output if not item.nullable]
-        if required:
-            raise InvalidArgumentError("output_schema", required, "there are no rows; the columns must be nullable")
-        return self._done(output, commit.add_null_columns(self._table, output))
-
-    def _done(self, output: pa.Schema, version: int) -> ColumnsReport:
+    def _done(self, version: int) -> ColumnsReport:
         ids = set(self._table.open_at(version).fragment_ids())
         self._committed = sum(result.has_file for item, result in self._results.items() if item in ids)
         return dataclasses.replace(
             self._report,
             version=version,
-            columns=tuple(output.names),
+            columns=tuple(self._operation().output.names),
             fragments=len(ids),
             seconds=time.monotonic() - self._started,
         )
 
     def _follow(self) -> None:
-        """Go on from the newest version. Where its columns are others, all values are computed again."""
+        """Go on from the newest version, if its columns let that be."""
         self._table = newest(self._table)
-        digest = schema_digest(self._table.open())
-        if digest != self._digest:
-            self._digest = digest
-            self._results.clear()
+        self._operation().refuse(self._table.open())
 
     def tidy(self) -> None:
         """End the ledger. What failed for certain goes, or waits for the next run of a job that has a name."""
@@ -808,7 +861,7 @@ class _Values:
         self.error: Exception | None = None
         """Why the computation ended early; what reads it from the engine's side is told a text only."""
         self.rows = 0
-        self._transform = loaded.transform
+        self._loaded = loaded
         self._task = task
 
     def __iter__(self) -> Iterator[tuple[np.ndarray | None, pa.Table]]:
@@ -818,7 +871,7 @@ class _Values:
             for batch in self._scan(addressed=addressed):
                 addresses = np.asarray(batch.column("_rowaddr")) if addressed else None
                 self.rows += batch.num_rows
-                yield addresses, self._values_of(batch)
+                yield addresses, values_of(self._loaded, batch, self.output)
         except Exception as error:  # kept for compute(), which raises it again with its own type
             self.error = error
             raise
@@ -827,16 +880,6 @@ class _Values:
         """The values alone."""
         for _, table in self:
             yield from table.to_batches()
-
-    def _values_of(self, batch: pa.RecordBatch) -> pa.Table:
-        if self.spec.transform.sql:
-            return aligned(pa.Table.from_batches([batch]), self.output)
-        if "_rowaddr" in batch.schema.names and "_rowaddr" not in (self.spec.columns or ()):
-            batch = batch.select([name for name in batch.schema.names if name != "_rowaddr"])
-        found = self._transform(batch)
-        if self.spec.transform.keeps_input or self.spec.update:
-            return aligned(found, self.output)
-        return align(found, self.output)
 
     def _scan(self, *, addressed: bool) -> Iterator[pa.RecordBatch]:
         fragment: Any = self.dataset.get_fragment(self._task.fragment)
@@ -851,43 +894,55 @@ class _Values:
                     yield batch
 
     def batch_rows(self) -> int:
-        """Rows of a batch: as asked, or some 4 MiB of the wider of what is read and what is written."""
-        if self.spec.batch_size is not None:
-            return self.spec.batch_size
-        names = self.spec.columns
-        read = self.dataset.schema if names is None else [self.dataset.schema.field(name) for name in _plain(names)]
-        widths = [row_width(pa.schema(fields)) for fields in (list(read), list(self.output))]
-        return batch_rows(max(fixed + _VARYING_BYTES * varying for fixed, varying in widths))
+        """Rows of a batch."""
+        return rows_of_batch(self.spec, self.dataset, self.output)
+
+
+def values_of(loaded: Loaded, batch: pa.RecordBatch, output: pa.Schema) -> pa.Table:
+    """The new values of a batch that was read for them.
+
+    Raises:
+        SchemaMismatchError: they are not the columns of the output.
+    """
+    spec = loaded.spec
+    if spec.transform.sql:
+        return aligned(pa.Table.from_batches([batch]), output, _SYSTEM)
+    hidden = [name for name in _SYSTEM if name not in (spec.columns or ())]
+    batch = batch.select([name for name in batch.schema.names if name not in hidden])
+    if spec.update:
+        return aligned(loaded.transform(batch), output, None)
+    return aligned(loaded.transform(batch), output, batch.schema.names if spec.transform.keeps_input else ())
+
+
+def rows_of_batch(spec: ColumnSpec, dataset: lance.LanceDataset, output: pa.Schema) -> int:
+    """Rows of a batch: as asked, or some 4 MiB of the wider of what is read and what is written."""
+    if spec.batch_size is not None:
+        return spec.batch_size
+    widths = map(row_width, (dataset.scanner(**_projection(spec)).projected_schema, output))
+    return batch_rows(max(fixed + _VARYING_BYTES * varying for fixed, varying in widths))
 
 
 _VARYING_BYTES = 64
 
 
-def _plain(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in _SYSTEM]
-
-
 def _add(values: _Values, writing: Any, planned: dict[str, Any]) -> ColumnResult:
-    version = values.dataset.version
     if values.spec.filter is None:
         batches = values.tables()
     else:
         held = [(addresses, table) for addresses, table in values if addresses is not None]
         if not held:
-            return ColumnResult(planned["id"], version, planned, planned)
+            return unchanged(values.dataset, planned)
         batches = iter(_spread(values, planned["id"], held).to_batches())
     reader = pa.RecordBatchReader.from_batches(values.output, batches)
     # The engine cuts what it reads to its own batches: small ones cost three times as much as those of the reader.
     metadata, schema = writing.merge_columns(reader, batch_size=values.batch_rows())
-    return _record(values, planned, metadata, schema=schema_text(schema))
+    return _record(values, planned, metadata, added=added_fields(schema, values.dataset.lance_schema))
 
 
 def _spread(values: _Values, fragment: int, held: Sequence[tuple[np.ndarray, pa.Table]]) -> pa.Table:
     """Values for all rows of the fragment: those computed, and null for the others."""
-    live: Any = values.dataset.get_fragment(fragment)
-    scanned = values.dataset.scanner(columns=[], with_row_address=True, fragments=[live]).to_table()
     computed = np.concatenate([addresses for addresses, _ in held])
-    return spread(pa.concat_tables([table for _, table in held]), computed, np.asarray(scanned.column("_rowaddr")))
+    return spread(pa.concat_tables([table for _, table in held]), computed, live_rows(values.dataset, fragment))
 
 
 def spread(table: pa.Table, addresses: np.ndarray, live: np.ndarray) -> pa.Table:
@@ -903,7 +958,7 @@ def spread(table: pa.Table, addresses: np.ndarray, live: np.ndarray) -> pa.Table
 def _update(values: _Values, writing: Any, planned: dict[str, Any]) -> ColumnResult:
     held = [_with_addresses(table, addresses) for addresses, table in values if addresses is not None]
     if not held:
-        return ColumnResult(planned["id"], values.dataset.version, planned, planned)
+        return unchanged(values.dataset, planned)
     table = pa.concat_tables(held)
     metadata, fields, offsets = writing.update_columns(table.to_reader(), "_rowaddr", "_rowaddr", with_offsets=True)
     return _record(values, planned, metadata, fields=tuple(fields), offsets=bytes(offsets).hex())
@@ -914,13 +969,28 @@ def _with_addresses(table: pa.Table, addresses: np.ndarray) -> pa.Table:
 
 
 def _record(values: _Values, planned: dict[str, Any], metadata: Any, **engine: Any) -> ColumnResult:
-    updated = json.loads(json.dumps(metadata.to_json()))
-    result = ColumnResult(planned["id"], values.dataset.version, planned, updated, rows=values.rows, **engine)
-    return record_result(values.spec.job, values.dataset, result)
+    return record_result(values.spec.job, values.dataset, planned, metadata, rows=values.rows, **engine)
 
 
-def record_result(job: JobRef, dataset: lance.LanceDataset, result: ColumnResult) -> ColumnResult:
-    """Note a result in the ledger; returned with the size of its file."""
+def unchanged(dataset: lance.LanceDataset, planned: dict[str, Any]) -> ColumnResult:
+    """The result for a fragment of which no row is concerned."""
+    return ColumnResult(planned["id"], dataset.version, planned, planned, digest=schema_digest(dataset))
+
+
+def record_result(
+    job: JobRef, dataset: lance.LanceDataset, planned: dict[str, Any], metadata: Any, **engine: Any
+) -> ColumnResult:
+    """The result for a fragment with a new file, which the ledger knows from now on.
+
+    Args:
+        job: whose ledger.
+        dataset: the version that was read.
+        planned: the fragment there.
+        metadata: the fragment with the file, as the engine returned it.
+        engine: what else belongs to the result.
+    """
+    result = unchanged(dataset, planned)
+    result = dataclasses.replace(result, updated=json.loads(json.dumps(metadata.to_json())), **engine)
     files = result.new_files
     result = dataclasses.replace(result, bytes=sum(file["file_size_bytes"] or 0 for file in files))
     bases = dataset.base_paths()

@@ -363,31 +363,6 @@ def remap_fields(fragment: FragmentMetadata, ids: dict[int, int]) -> FragmentMet
     return dataclasses.replace(fragment, files=list(fragment.files))
 
 
-def add_null_columns(table: PinnedTable, schema: pa.Schema) -> int:
-    """Add columns of nulls to the newest version; returns the version that has them.
-
-    The engine's call takes no id; a lost answer is recognised by the columns themselves.
-
-    Raises:
-        InvalidArgumentError, CommitConflictError, StorageError: certainly not committed.
-        CommitOutcomeUnknownError: not known.
-    """
-    dataset = table.open_latest()
-    try:
-        with translate_errors("add columns to", table.uri, secrets=table.secrets):
-            dataset.add_columns(schema)
-    except Exception as error:  # the commit was sent: whatever was raised, only the table knows its outcome
-        if _certain(error):
-            raise
-        latest = table.open_latest()
-        if set(schema.names) <= set(latest.schema.names):
-            return latest.version
-        if not is_local(table.uri):
-            raise _unknown(table, Landing("", dataset.version), error) from error
-        raise
-    return dataset.version
-
-
 # Compaction. Its commits take no id; they are found again by the names of data files that nothing else refers to.
 
 

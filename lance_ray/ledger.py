@@ -204,8 +204,9 @@ class JobRef:
             InvalidArgumentError: one of them is under way.
         """
         for found in _runs(self.table, self.job_id):
-            found.refuse_beside(self)
-            found.job.discard()
+            if found.job.run != self.run:
+                found.refuse_beside(self)
+                found.job.discard()
 
     def close(self, committed: int) -> None:
         """End a job that committed: remove its ledger, and files that no version refers to.

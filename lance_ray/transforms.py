@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from lance.udf import BatchUDF
 
 from lance_ray.arrow import align, to_arrow, unify
 from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
+from lance_ray.fingerprints import fingerprint
 
 BatchFormat = Literal["pyarrow", "pandas", "numpy"]
 _FORMATS = ("pyarrow", "pandas", "numpy")
@@ -29,6 +29,8 @@ class Transform:
         batch_format: what the function takes: a ``RecordBatch``, a ``DataFrame`` or a dict of NumPy arrays.
         schema: what it returns, where the caller said so.
         keeps_input: whether it may return the columns that it was given, too.
+        setup: arguments of a class's constructor.
+        version: stands for the function in :meth:`fingerprint`, where the caller keeps count of its versions.
     """
 
     sql: tuple[tuple[str, str], ...] = ()
@@ -37,6 +39,7 @@ class Transform:
     schema: pa.Schema | None = None
     keeps_input: bool = False
     setup: tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]] = field(default=((), ()), repr=False)
+    version: str | None = None
 
     @property
     def is_stateful(self) -> bool:
@@ -50,7 +53,7 @@ class Transform:
         assert self.function is not None  # noqa: S101 - is_stateful says so
         args, kwargs = self.setup
         made = self.function(*args, **dict(kwargs))
-        return Transform((), made, self.batch_format, self.schema, self.keeps_input)
+        return dataclasses.replace(self, function=made, setup=((), ()))
 
     def __call__(self, batch: pa.RecordBatch) -> pa.Table:
         """What the function makes of a batch, as a table of types that the engine stores.
@@ -78,58 +81,10 @@ class Transform:
         return table
 
     def fingerprint(self) -> str:
-        """Tells a transform from another one across processes: by its expressions, or by its code and constants."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in _parts_of(self):
-            digest.update(part.encode() + b"\0")
-        return digest.hexdigest()
-
-
-def _parts_of(transform: Transform) -> Iterator[str]:
-    yield repr((transform.sql, transform.batch_format, str(transform.schema)))
-    if transform.function is not None:
-        yield from _parts_of_callable(transform.function)
-        yield repr(transform.setup)
-
-
-def _parts_of_callable(function: Any) -> Iterator[str]:
-    if inspect.isclass(function):
-        yield function.__qualname__
-        for name, member in sorted(vars(function).items()):
-            if callable(member) and hasattr(member, "__code__"):
-                yield name
-                yield from _parts_of_callable(member)
-        return
-    inner = getattr(function, "func", None)
-    if inner is not None and not hasattr(function, "__code__"):  # functools.partial, BatchUDF
-        yield repr((getattr(function, "args", ()), sorted(getattr(function, "keywords", {}).items())))
-        yield from _parts_of_callable(inner)
-        return
-    code = getattr(function, "__code__", None)
-    if code is None:
-        yield type(function).__qualname__
-        yield from _parts_of_callable(type(function))
-        return
-    yield from _parts_of_code(code)
-    yield _plain(getattr(function, "__defaults__", None))
-    for cell in getattr(function, "__closure__", None) or ():
-        yield _plain(cell.cell_contents)
-
-
-def _parts_of_code(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield repr(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _parts_of_code(constant)
-        else:
-            yield _plain(constant)
-
-
-def _plain(value: Any) -> str:
-    # What repr() says of other objects has their address, which differs between processes.
-    plain = value is None or isinstance(value, (str, bytes, int, float, bool, tuple, frozenset))
-    return repr(value) if plain else type(value).__qualname__
+        """Tells a transform from another one across processes: by its version, or by all that it consists of."""
+        told = (self.sql, self.batch_format, str(self.schema), self.keeps_input)
+        computed = (self.function, self.setup) if self.version is None else self.version
+        return fingerprint((told, computed), of=self.function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +100,7 @@ def fold_transform(
     batch_format: Any = "pyarrow",
     output_schema: pa.Schema | None = None,
     setup: tuple[Any, Any] = (None, None),
+    version: str | None = None,
 ) -> Transform | pa.Schema:
     """The transform, checked; for fields or a schema (columns of nulls) the schema.
 
@@ -164,15 +120,15 @@ def fold_transform(
             raise InvalidArgumentError("transform", "batch_udf(checkpoint_file=...)", "use job_id=, which resumes")
         output_schema = output_schema or transform.output_schema
         transform = transform.func
+    if arguments != ((), ()) and not inspect.isclass(transform):
+        raise InvalidArgumentError("fn_constructor_args", arguments, "is for a class only")
     if isinstance(transform, Mapping):
-        return Transform(_as_sql(transform), schema=output_schema)
+        return Transform(_as_sql(transform), schema=output_schema, version=version)
     if not callable(transform):
         raise InvalidArgumentError(
             "transform", transform, "must be a dict of SQL expressions, a function, a class, a field or a schema"
         )
-    if arguments != ((), ()) and not inspect.isclass(transform):
-        raise InvalidArgumentError("fn_constructor_args", arguments, "is for a class only")
-    return Transform((), transform, batch_format, output_schema, keeps_input, arguments)
+    return Transform((), transform, batch_format, output_schema, keeps_input, arguments, version)
 
 
 def _as_schema(transform: Any) -> pa.Schema | None:
@@ -207,6 +163,32 @@ def output_of(table: pa.Table, transform: Transform, existing: pa.Schema) -> pa.
     return schema
 
 
-def aligned(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The new columns of what a transform returned, of exactly the schema."""
-    return align(table.select([name for name in table.schema.names if name in schema.names]), schema)
+def aligned(table: pa.Table, schema: pa.Schema, beside: Collection[str] | None = ()) -> pa.Table:
+    """What a transform returned, as exactly the columns of the schema: each must be there, by its name.
+
+    A column that is missing is an error also where it may be null: one that is misspelt would become nulls.
+
+    Args:
+        table: what came back.
+        schema: the columns to be written.
+        beside: names that may come back too, and are left; None for any.
+
+    Raises:
+        SchemaMismatchError: columns are missing or surplus, or values do not fit their types.
+    """
+    require_names(table.schema.names, schema.names, beside)
+    places = [place for place, name in enumerate(table.schema.names) if name in schema.names]
+    return align(table.select(places), schema)
+
+
+def require_names(found: Collection[str], wanted: Collection[str], beside: Collection[str] | None = ()) -> None:
+    """Raise SchemaMismatchError unless a transform makes the columns wanted, and no others than those ``beside``."""
+    missing = [name for name in wanted if name not in found]
+    surplus = [] if beside is None else [name for name in found if name not in wanted and name not in beside]
+    if missing or surplus:
+        raise SchemaMismatchError(
+            f"the transform makes columns {list(found)}: missing {missing}, surplus {surplus}",
+            columns=[*missing, *surplus],
+            expected=", ".join(wanted),
+            actual=", ".join(found),
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,10 @@ class ColumnResult:
     Attributes:
         fragment: its id.
         version: the version that the values were computed on.
+        digest: of the table's columns there, see :func:`lance_ray.column_commits.schema_digest`.
         planned: the fragment there, as JSON.
         updated: the fragment with the new file, as JSON; the same as ``planned`` where no row was concerned.
-        schema: the table's schema with the new columns, as text; empty for an update.
+        added: the new columns as the engine describes them, in hexadecimal digits; empty for an update.
         fields: the ids of the fields that an update rewrote.
         offsets: the rows that an update matched, as the engine's bitmap in hexadecimal digits.
         rows: rows computed.
@@ -27,11 +29,21 @@ class ColumnResult:
     version: int
     planned: Mapping[str, Any] = field(repr=False)
     updated: Mapping[str, Any] = field(repr=False)
-    schema: str = field(default="", repr=False)
+    digest: str = ""
+    added: tuple[str, ...] = field(default=(), repr=False)
     fields: tuple[int, ...] = ()
     offsets: str = field(default="", repr=False)
     rows: int = 0
     bytes: int = 0
+
+    @classmethod
+    def read(cls, text: Mapping[str, Any]) -> ColumnResult:
+        """The result as the ledger keeps it; what an older release wrote fits no version."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in text.items() if name in known
+        }
+        return cls(**given)
 
     @property
     def has_file(self) -> bool:
@@ -51,11 +63,3 @@ class ColumnResult:
     def stands_but_for_deletions(self, now: Mapping[str, Any]) -> bool:
         """Whether all that may have changed is which rows are deleted."""
         return {**self.planned, "deletion_file": None} == {**now, "deletion_file": None}
-
-
-def still_to_do(
-    results: Mapping[int, ColumnResult], now: Mapping[int, Mapping[str, Any]], wanted: Sequence[int] | None = None
-) -> list[int]:
-    """The fragments without values that fit the manifest: those that nobody computed, and those that changed."""
-    ids = now if wanted is None else [item for item in wanted if item in now]
-    return [item for item in ids if item not in results or not results[item].stands_but_for_deletions(now[item])]

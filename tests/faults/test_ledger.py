@@ -212,6 +212,18 @@ def test_a_note_is_written_again_while_the_store_throttles_or_resets(on_s3: Plac
 # Whether a run is alive
 
 
+def test_a_run_that_ends_earlier_runs_of_its_id_goes_on_itself(place: Place):
+    abandoned(place, "again")
+    job = place.job("again")
+    with job.running("write", exclusive=True):
+        file = place.put_data_file(2)
+        job.record([file])
+        job.end_earlier_runs()
+        assert job.is_open()
+        assert job.recorded() == (file,)
+        assert len(place.data_files()) == 1
+
+
 def test_a_run_of_this_process_is_alive_while_it_runs_and_dead_afterwards(place: Place):
     job = place.job()
     with job.running("write"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lance
 import numpy as np
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 import pytest
 
 import lance_ray
-from lance_ray import ColumnsReport, add_columns, columns, merge_columns, update_columns
+from lance_ray import ColumnsReport, add_columns, columns, commit, merge_columns, update_columns
 from lance_ray.errors import (
     InvalidArgumentError,
     SchemaMismatchError,
@@ -24,6 +26,7 @@ from lance_ray.errors import (
     VersionNotFoundError,
 )
 from lance_ray.executors import LocalExecutor
+from lance_ray.table import TableRef
 from tests.blocks import assert_nothing_left_over, data_files, referenced_files, versions
 
 Values = Callable[[int], Any]
@@ -205,11 +208,76 @@ def test_row_ids_are_there_for_a_transform_that_asks(uri: str):
     assert found.column("new").to_pylist() == wanted.column("_rowaddr").to_pylist()
 
 
-def test_an_empty_table_gets_the_column(tmp_path: Path):
+def test_a_part_of_a_nested_column_may_be_all_that_a_transform_reads(uri: str):
+    add(uri, lambda batch: {"new": batch.column("nested.a")}, read_columns=["nested.a"])
+    assert_column(uri, "new", lambda item: item)
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> str:
+    """A table without rows, with an index."""
     target = str(tmp_path / "empty")
-    lance.write_dataset(numbers(0, 0), target)
-    assert add(target, plus_one).rows == 0
-    assert lance.dataset(target).schema.field("new").type == pa.int64()
+    lance.write_dataset(numbers(0, 10), target).create_scalar_index("id", "BTREE")
+    lance.dataset(target).delete("true")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind"),
+    [(plus_one, pa.int64()), ({"new": "id + 1"}, pa.int64()), ({"new": "'x'"}, pa.string())],
+    ids=["function", "sql", "constant"],
+)
+def test_an_empty_table_gets_the_column(empty: str, transform: Any, kind: pa.DataType):
+    assert add(empty, transform).rows == 0
+    assert lance.dataset(empty).schema.field("new").type == kind
+    rows = numbers(0, 20).append_column("new", pa.nulls(20, kind).fill_null("" if kind == pa.string() else 7))
+    lance.write_dataset(rows, empty, mode="append")
+    assert (
+        lance.dataset(empty).to_table(filter="id = 11").column("new").to_pylist() == rows.column("new").to_pylist()[:1]
+    )
+
+
+# A column that is misspelt must not become nulls
+
+
+MISSPELT: dict[str, Callable[[str], object]] = {
+    "update by sql": lambda uri: update(uri, {"typo": "id"}, "second"),
+    "update by function": lambda uri: update(uri, lambda batch: {"typo": batch["id"]}, "second"),
+    "merge": lambda uri: merge_columns(
+        uri,
+        transform=lambda batch: batch.append_column("typo", batch.column("id")),
+        output_schema=pa.schema([("new", pa.int64())]),
+        progress=False,
+    ),
+    "sql": lambda uri: add(uri, {"typo": "id"}, output_schema=pa.schema([("new", pa.int64())])),
+    "one of two": lambda uri: add(
+        uri, lambda batch: {"new": batch["id"]}, output_schema=pa.schema([("new", pa.int64()), ("typo", pa.int64())])
+    ),
+    "surplus": lambda uri: add(
+        uri,
+        lambda batch: {"new": batch["id"], "typo": batch["id"]},
+        output_schema=pa.schema([("new", pa.int64())]),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", MISSPELT.values(), ids=MISSPELT)
+def test_a_column_that_is_missing_or_surplus_in_a_result_is_told_by_name(uri: str, call: Callable[[str], object]):
+    before = lance.dataset(uri).to_table()
+    with pytest.raises((SchemaMismatchError, TaskFailedError)) as caught:
+        call(uri)
+    error = caught.value if isinstance(caught.value, SchemaMismatchError) else caught.value.__cause__
+    assert isinstance(error, SchemaMismatchError)
+    assert "typo" in f"{error}"
+    assert set(error.columns) & {"second", "new", "typo"}
+    assert lance.dataset(uri).to_table() == before
+    assert_nothing_left_over(uri)
+
+
+def test_a_struct_may_lack_parts_that_are_null(uri: str):
+    schema = pa.schema([("new", pa.struct([("x", pa.int64()), ("y", pa.int64())]))])
+    add(uri, lambda batch: {"new": [{"x": item} for item in batch["id"].to_pylist()]}, output_schema=schema)
+    assert_column(uri, "new", lambda item: {"x": item, "y": None})
 
 
 # Values computed anew
@@ -252,10 +320,8 @@ def test_only_rows_changed_since_a_version_are_computed_and_count_as_updated(tmp
 def test_an_index_stays_right_when_its_column_is_updated(uri: str):
     lance.dataset(uri).create_scalar_index("second", "BTREE")
     update(uri, {"second": "id + 1000"}, "second", filter="id < 50")
-    found = lance.dataset(uri).to_table(columns=["id"], filter="second = 1010")
-    assert (found.column("id").to_pylist(), lance.dataset(uri).count_rows("second = 11")) == ([], 0) or (
-        found.column("id").to_pylist() == [10] and lance.dataset(uri).count_rows("second = 11") == 0
-    )
+    found = {value: lance.dataset(uri).to_table(columns=["id"], filter=f"second = {value}") for value in (1011, 12, 61)}
+    assert {value: rows.column("id").to_pylist() for value, rows in found.items()} == {1011: [11], 12: [], 61: [60]}
 
 
 # Others change the table meanwhile
@@ -307,6 +373,97 @@ def test_an_update_beside_others_loses_nothing(uri: str, other: str):
     once = during(lambda: OTHERS[other][0](uri))
     update(uri, lambda batch: {"second": pc.add(once(batch).column("new"), 7)}, "second")
     assert_column(uri, "second", lambda item: item + 8)
+    assert_nothing_left_over(uri)
+
+
+@pytest.fixture
+def before_the_commit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Has something done by others after the computation and before the first commit."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        apply, acts = commit.apply, [act]
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            if acts:
+                acts.pop()()
+            return apply(*args, **kwargs)
+
+        monkeypatch.setattr(commit, "apply", late)
+
+    return arrange
+
+
+@pytest.mark.parametrize("transform", [{"new": "id + 1"}, plus_one], ids=["sql", "function"])
+def test_matching_rows_appended_before_the_commit_of_a_job_that_matched_nothing_are_computed(
+    uri: str, transform: Any, before_the_commit: Callable[[Callable[[], object]], None]
+):
+    before_the_commit(lambda: lance.write_dataset(numbers_of(uri, 1000), uri, mode="append"))
+    report = add(uri, transform, filter="id >= 1000", output_schema=pa.schema([("new", pa.int64())]))
+    assert (report.rows, report.recomputed) == (10, 1)
+    assert_column(uri, "new", lambda item: item + 1 if item >= 1000 else None)
+    assert_nothing_left_over(uri)
+
+
+def test_rows_appended_to_an_empty_table_before_the_commit_are_computed(
+    empty: str, before_the_commit: Callable[[Callable[[], object]], None]
+):
+    before_the_commit(lambda: lance.write_dataset(numbers(0, 10), empty, mode="append"))
+    assert add(empty, plus_one).rows == 10
+    assert_column(empty, "new", lambda item: item + 1)
+
+
+def test_rows_appended_beside_a_column_of_nulls_have_null(
+    uri: str, before_the_commit: Callable[[Callable[[], object]], None]
+):
+    before_the_commit(lambda: lance.write_dataset(numbers_of(uri, 1000), uri, mode="append"))
+    add(uri, pa.field("new", pa.struct([("x", pa.int8())]), metadata={"unit": "m"}))
+    assert_column(uri, "new", lambda item: None)
+    assert lance.dataset(uri).schema.field("new").metadata == {b"unit": b"m"}
+
+
+@pytest.mark.parametrize("filter", [None, "id < 0"], ids=["values", "nothing to compute"])
+def test_metadata_that_others_change_meanwhile_stays(
+    uri: str, filter: str | None, before_the_commit: Callable[[Callable[[], object]], None]
+):
+    def change() -> None:
+        lance.dataset(uri).update_schema_metadata({"by": "others"})
+        lance.dataset(uri).update_field_metadata({"id": {"unit": "m"}}, replace=True)
+
+    before_the_commit(change)
+    add(uri, plus_one, filter=filter, output_schema=pa.schema([("new", pa.int64())]))
+    schema = lance.dataset(uri).schema
+    assert (schema.metadata, schema.field("id").metadata) == ({b"by": b"others"}, {b"unit": b"m"})
+    assert_column(uri, "new", lambda item: item + 1 if filter is None else None)
+
+
+def cast_second(uri: str) -> None:
+    lance_ray.alter_columns(uri, {"path": "second", "data_type": pa.int32()})
+
+
+def add_new(uri: str, transform: Any) -> None:
+    add(uri, transform, output_schema=pa.schema([("new", pa.int64())]))
+
+
+def update_second(uri: str, transform: Any) -> None:
+    update(uri, lambda batch: {"second": transform(batch).column("new")}, "second", read_columns=["id"])
+
+
+@pytest.mark.parametrize(
+    ("act", "call", "named"),
+    [
+        (lambda uri: lance.dataset(uri).add_columns({"new": "id"}), add_new, "new"),
+        (lambda uri: lance.dataset(uri).add_columns(pa.field("new", pa.int8())), add_new, "new"),
+        (lambda uri: lance.dataset(uri).drop_columns(["second"]), update_second, "second"),
+        (cast_second, update_second, "second"),
+    ],
+    ids=["same column", "same column of nulls", "target dropped", "target cast"],
+)
+def test_a_column_that_others_take_or_spoil_ends_in_a_typed_error(
+    uri: str, act: Callable[[str], object], call: Callable[[str, Any], None], named: str
+):
+    once = during(lambda: act(uri))
+    with pytest.raises(SnapshotChangedError, match=named):
+        call(uri, once)
     assert_nothing_left_over(uri)
 
 
@@ -376,7 +533,8 @@ def failed(uri: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def backfill(uri: str, **options: Any) -> ColumnsReport:
-    return add(uri, Counting, **{"job_id": "backfill", "output_schema": pa.schema([("new", pa.int64())]), **options})
+    known = {"job_id": "backfill", "transform_version": "1", "output_schema": pa.schema([("new", pa.int64())])}
+    return add(uri, Counting, **{**known, **options})
 
 
 def test_a_second_run_does_only_the_rest(failed: str):
@@ -401,8 +559,9 @@ def test_a_second_run_goes_on_beside_what_others_did_in_between(failed: str):
         {"read_columns": ["id"]},
         {"output_schema": pa.schema([("new", pa.int32())])},
         {"read_version": 1},
+        {"transform_version": "2"},
     ],
-    ids=["filter", "columns", "output", "version"],
+    ids=["filter", "columns", "output", "version", "transform"],
 )
 def test_a_second_run_that_differs_is_refused_and_spoils_nothing(failed: str, options: dict[str, Any]):
     with pytest.raises(InvalidArgumentError, match="differs"):
@@ -413,6 +572,25 @@ def test_a_second_run_that_differs_is_refused_and_spoils_nothing(failed: str, op
 def test_a_second_run_with_another_transform_is_refused(failed: str):
     with pytest.raises(InvalidArgumentError, match="transform"):
         add(failed, plus_one, job_id="backfill", output_schema=pa.schema([("new", pa.int64())]))
+
+
+def test_a_second_run_goes_on_after_the_version_that_the_first_one_read_was_cleaned_up(failed: str):
+    version = lance.dataset(failed).version
+    lance.write_dataset(numbers_of(failed, 1000), failed, mode="append")
+    lance.dataset(failed).cleanup_old_versions(older_than=timedelta(0))
+    assert version not in versions(failed)
+    assert backfill(failed).resumed == 4
+    assert_column(failed, "new", lambda item: item + 1)
+    assert Counting.rows == len([item for item in range(300, 400) if item % 7 != 3]) + 10
+    assert_nothing_left_over(failed)
+
+
+def test_values_written_for_a_column_whose_number_others_took_are_computed_again(failed: str):
+    lance.dataset(failed).add_columns(pa.field("other", pa.int64()))
+    backfill(failed)
+    assert_column(failed, "new", lambda item: item + 1)
+    assert_column(failed, "other", lambda item: None)
+    assert_nothing_left_over(failed)
 
 
 def test_compaction_leaves_an_unfinished_job_its_files(failed: str, monkeypatch: pytest.MonkeyPatch):
@@ -431,11 +609,98 @@ def test_cleanup_gives_up_an_unfinished_job(failed: str):
     assert backfill(failed).resumed == 0
 
 
-def test_a_job_that_committed_is_not_done_again(uri: str):
-    add(uri, {"new": "id"}, job_id="once")
-    report = add(uri, {"new": "id"}, job_id="once")
-    assert report.skipped
-    assert report.version == lance.dataset(uri).version
+@pytest.mark.parametrize(
+    ("transform", "options"),
+    [({"new": "id"}, {}), ({"new": "id"}, {"filter": "id < 0"}), (pa.field("new", pa.int64()), {})],
+    ids=["values", "no row matches", "nulls"],
+)
+def test_a_job_carries_its_message_and_properties_and_is_not_done_again(
+    uri: str, transform: Any, options: dict[str, Any]
+):
+    told = {"commit_message": "why", "transaction_properties": {"by": "me"}, "job_id": "once", **options}
+    first = add(uri, transform, **told)
+    dataset = lance.dataset(uri)
+    transaction: Any = dataset.read_transaction(first.version)
+    assert {"why", "me", "once"} <= set(transaction.transaction_properties.values())
+    second = add(uri, transform, **told)
+    assert (second.skipped, second.version, dataset.version) == (True, first.version, first.version)
+    assert lance.dataset(uri).version == first.version
+
+
+# Which table
+
+
+@pytest.fixture
+def branch(uri: str) -> lance.LanceDataset:
+    """A branch with ten more rows than the table, opened."""
+    lance.write_dataset(numbers_of(uri, 1000), lance.dataset(uri).create_branch("draft"), mode="append")
+    return lance.dataset(uri).checkout_version(("draft", None))
+
+
+def test_an_opened_branch_gets_the_column_and_the_main_line_does_not(uri: str, branch: lance.LanceDataset):
+    before = versions(uri)
+    report = add(branch, plus_one, job_id="once")
+    found = lance.dataset(uri).checkout_version(("draft", None)).to_table()
+    assert found.column("new").to_pylist() == [item + 1 for item in found.column("id").to_pylist()]
+    assert 1000 in found.column("id").to_pylist()
+    assert versions(uri) == before
+    again = lance.dataset(uri).checkout_version(("draft", None))
+    assert add(again, plus_one, job_id="once").skipped
+    assert add(again, plus_one, job_id="once").version == report.version
+
+
+def test_a_job_on_an_opened_branch_goes_on_where_it_failed(
+    uri: str, branch: lance.LanceDataset, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Counting, "broken", True)
+    with pytest.raises(TaskFailedError):
+        backfill(branch)
+    monkeypatch.setattr(Counting, "broken", False)
+    assert backfill(lance.dataset(uri).checkout_version(("draft", None))).resumed == 5
+    assert "new" not in lance.dataset(uri).schema.names
+
+
+def test_a_table_in_a_namespace_gets_its_column(tmp_path: Path):
+    lance.write_dataset(numbers(0, 100), str(tmp_path / "table.lance"))
+    place: dict[str, Any] = {
+        "namespace_impl": "dir",
+        "namespace_properties": {"root": str(tmp_path)},
+        "table_id": ["table"],
+    }
+    add(None, plus_one, **place)
+    update(None, {"new": "id + 2"}, "new", filter="id < 50", **place)
+    assert_column(str(tmp_path / "table.lance"), "new", lambda item: item + (2 if item < 50 else 1))
+    assert lance_ray.drop_columns(**place, columns=["new"]).columns == tuple(numbers(0, 0).schema.names)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda uri: add(uri, plus_one),
+        lambda uri: update(uri, {"second": "id"}, "second", where_null=True, changed_since=1),
+    ],
+    ids=["add", "update"],
+)
+def test_the_version_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], object]):
+    target, pin = str(tmp_path / "table"), Mock(side_effect=TableRef.pin)
+    lance.write_dataset(numbers(0, 10), target, enable_stable_row_ids=True).add_columns({"second": "id"})
+    monkeypatch.setattr(TableRef, "pin", lambda ref: pin(ref))
+    call(target)
+    assert pin.call_count == 1
+
+
+def test_a_tag_names_the_version_to_compute_on(uri: str):
+    seen: list[int] = []
+
+    def note(batch: pa.RecordBatch) -> pa.RecordBatch:
+        seen.extend(batch.column("id").to_pylist())
+        return plus_one(batch)
+
+    lance.dataset(uri).tags.create("planned", lance.dataset(uri).version)
+    lance.dataset(uri).delete("id = 200")
+    add(uri, note, read_version="planned", output_schema=pa.schema([("new", pa.int64())]))
+    assert 200 in seen
+    assert_column(uri, "new", lambda item: item + 1)
 
 
 @pytest.mark.parametrize(
@@ -470,6 +735,9 @@ def test_what_no_column_holds_is_refused(uri: str, transform: Any, error: type[E
         ({"transform": plus_one, "concurrency": 0}, "concurrency"),
         ({"transform": plus_one, "fn_constructor_args": [1]}, "fn_constructor_args"),
         ({"transform": {"new": "id"}, "read_columns": ["id"]}, "read_columns"),
+        ({"transform": {"new": "id"}, "fn_constructor_kwargs": {"a": 1}}, "fn_constructor_args"),
+        ({"transform": pa.field("new", pa.int64()), "filter": "id > 3"}, "filter"),
+        ({"transform": pa.field("new", pa.int64()), "read_version": 1}, "read_version"),
         ({"transform": plus_one, "ray_remote_args": {"max_retries": 3}}, "max_retries"),
         ({"transform": pa.field("new", pa.int64(), nullable=False)}, "nullable"),
     ],
@@ -485,6 +753,12 @@ def test_an_update_of_unknown_columns_is_refused(uri: str):
 
 
 # Thin calls
+
+
+def test_a_part_of_a_nested_column_is_dropped_and_renamed_by_its_path(uri: str):
+    lance_ray.alter_columns(uri, {"path": "nested.a", "name": "c"})
+    lance_ray.drop_columns(uri, ["nested.b"])
+    assert lance.dataset(uri).to_table(columns=["nested"], limit=2).column("nested").to_pylist() == [{"c": 5}, {"c": 6}]
 
 
 def test_columns_are_dropped_renamed_and_cast(uri: str):
@@ -506,6 +780,11 @@ def test_rows_are_deleted_and_an_old_version_restored(uri: str):
     [
         (lambda uri: lance_ray.drop_columns(uri, []), InvalidArgumentError),
         (lambda uri: lance_ray.drop_columns(uri, ["nowhere"]), InvalidArgumentError),
+        (lambda uri: lance_ray.drop_columns(uri, ["nested.zz"]), InvalidArgumentError),
+        (lambda uri: lance_ray.drop_columns(uri, lance.dataset(uri).schema.names), InvalidArgumentError),
+        (lambda uri: lance_ray.alter_columns(uri, {"path": "id", "name": "text"}), InvalidArgumentError),
+        (lambda uri: lance_ray.alter_columns(uri, {"path": "nested.a", "name": "b"}), InvalidArgumentError),
+        (lambda uri: lance_ray.alter_columns(uri, {"path": "nowhere", "name": "n"}), InvalidArgumentError),
         (lambda uri: lance_ray.alter_columns(uri), InvalidArgumentError),
         (lambda uri: lance_ray.alter_columns(uri, {"path": "id"}), InvalidArgumentError),
         (lambda uri: lance_ray.alter_columns(uri, {"path": "id", "data_type": "int32"}), InvalidArgumentError),
