@@ -78,7 +78,7 @@ def _join(uri: str, queries: np.ndarray, options: dict[str, Any]) -> int:
     vectors = pa.FixedSizeListArray.from_arrays(queries.reshape(-1), DIMENSION)
     blocks = [pa.table({"embedding": vectors.slice(at, 500)}) for at in range(0, len(queries), 500)]
     ds = nearest_join(
-        ray.data.from_arrow(blocks), uri, on="embedding", k=K, columns=["id"], nearest=options, concurrency=2
+        ray.data.from_arrow(blocks), uri, on="embedding", k=K, columns=["id"], nearest=options, concurrency=len(blocks)
     )
     return sum(len(row["neighbors"]) for row in ds.take_all())
 

@@ -9,6 +9,7 @@ from typing import Any
 import lance
 import pyarrow as pa
 
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError, translate_errors
 from lance_ray.table import PinnedTable, TableRef, newest
 
@@ -35,9 +36,11 @@ def drop_columns(
     columns: Sequence[str] = (),
     *,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> ChangeReport:
     """Drop columns (nested ones by path), by metadata alone; the values stay in the files until a compaction.
@@ -46,9 +49,11 @@ def drop_columns(
         uri: path or URI of the table, or an opened dataset.
         columns: names of the columns.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Raises:
@@ -74,9 +79,11 @@ def alter_columns(
     uri: Any = None,
     *alterations: Mapping[str, Any],
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> ChangeReport:
     """Rename columns, cast them, or change whether they may be null. A cast writes the column anew, on the driver.
@@ -85,9 +92,11 @@ def alter_columns(
         uri: path or URI of the table, or an opened dataset.
         alterations: dicts with ``path`` (the column), and any of ``name``, ``data_type`` and ``nullable``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Raises:
@@ -116,9 +125,11 @@ def delete(
     predicate: str = "",
     *,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> ChangeReport:
     """Delete the rows for which the predicate (SQL) is true.
@@ -127,9 +138,11 @@ def delete(
         uri: path or URI of the table, or an opened dataset.
         predicate: SQL; ``true`` deletes every row.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Raises:
@@ -150,9 +163,11 @@ def restore(
     version: int | str | None = None,
     *,
     table_id: Sequence[str] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
-    storage_options: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
 ) -> ChangeReport:
     """Make an old version (number or tag) the newest one, as a new version; those between stay readable.
@@ -161,9 +176,11 @@ def restore(
         uri: path or URI of the table.
         version: the version to have again.
         table_id: the table's name in a namespace, with ``namespace_impl``.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
-        storage_options: for the object store.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
     Raises:
@@ -196,7 +213,15 @@ def _refuse_taken_names(schema: pa.Schema, alterations: Sequence[Mapping[str, An
             raise InvalidArgumentError("name", name, f"the table has such a column already: {paths}")
 
 
-_ADDRESS = ("table_id", "namespace_impl", "namespace_properties", "storage_options", "base_store_params")
+_ADDRESS = (
+    "table_id",
+    "namespace_impl",
+    "namespace_properties",
+    "storage_options",
+    "base_store_params",
+    "rest_config",
+    "io_config",
+)
 
 
 def _newest(uri: Any, given: Mapping[str, Any]) -> tuple[PinnedTable, TableRef]:

@@ -27,6 +27,7 @@ from ray.data.context import ShuffleStrategy
 
 from lance_ray import commit
 from lance_ray.arrow import align, to_arrow, unify
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.column_commits import AddColumns, UpdateColumns, added_fields, live_rows
 from lance_ray.columns import (
     MAX_REPLANS,
@@ -126,10 +127,12 @@ def merge_columns_from(
     transaction_properties: Mapping[str, str] | None = None,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
 ) -> ColumnsReport:
     """Add the columns of a Ray Dataset to a table, each value to the row that it names.
@@ -150,10 +153,12 @@ def merge_columns_from(
         transaction_properties: kept with the version.
         progress: False hides Ray Data's progress bars.
         ray_remote_args: options of ``ray.remote`` for the workers.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
 
     Raises:
@@ -165,6 +170,8 @@ def merge_columns_from(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
@@ -203,10 +210,12 @@ def add_columns_from(
     max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
 ) -> ColumnsReport:
     """:func:`lance_ray.add_columns` through Ray Data: also large fragments are computed by all workers.
@@ -231,6 +240,8 @@ def add_columns_from(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }

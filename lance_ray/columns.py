@@ -22,6 +22,7 @@ import ray
 
 from lance_ray import commit
 from lance_ray.arrow import engine_safe, row_width
+from lance_ray.catalog import LanceRestConfig
 from lance_ray.column_commits import (
     AddColumns,
     ColumnsOperation,
@@ -192,10 +193,12 @@ def add_columns(
     max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
 ) -> ColumnsReport:
     """Add columns to a table: each fragment on a worker, one commit.
@@ -229,10 +232,12 @@ def add_columns(
         max_replans: how often fragments that others added or changed meanwhile are computed, and the commit repeated.
         progress: False for silence, a reporter of one's own, or by default a bar on a terminal, else log lines.
         ray_remote_args: options of ``ray.remote`` for the workers.
-        storage_options: for the object store.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
-        namespace_impl: the namespace implementation.
+        namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
 
     Returns:
@@ -259,6 +264,8 @@ def add_columns(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
@@ -324,10 +331,12 @@ def update_columns(
     max_replans: int = MAX_REPLANS,
     progress: bool | Reporter | None = None,
     ray_remote_args: dict[str, Any] | None = None,
-    storage_options: dict[str, str] | None = None,
+    storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
-    namespace_impl: str | None = None,
+    namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
     table_id: Sequence[str] | None = None,
 ) -> ColumnsReport:
     """Compute columns anew, for all rows or some: each fragment with such rows gets a file that replaces the columns.
@@ -366,6 +375,8 @@ def update_columns(
         base_store_params: the same.
         namespace_impl: the same.
         namespace_properties: the same.
+        rest_config: the same.
+        io_config: the same.
         table_id: the same.
 
     Returns:
@@ -383,6 +394,8 @@ def update_columns(
         "table_id": table_id,
         "namespace_impl": namespace_impl,
         "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
