@@ -465,7 +465,7 @@ class _Chosen:
                     "changed_since", self.changed_since, "the table has no stable row ids, and so no versions of rows"
                 )
             kinds.append(f"_row_last_updated_at_version > {self.changed_since}")
-        parts = ([f"({' OR '.join(kinds)})"] if kinds else []) + ([f"({self.filter})"] if self.filter else [])
+        parts = ([f"({' OR '.join(kinds)})"] if kinds else []) + ([f"({self.filter}\n)"] if self.filter else [])
         return " AND ".join(parts) or None
 
 

@@ -303,6 +303,11 @@ def test_only_rows_without_a_value_are_computed(uri: str):
     assert report.rows == len([item for item in range(200, 400) if item % 7 != 3])
 
 
+def test_a_filter_that_ends_in_a_comment_is_kept_whole(uri: str):
+    report = update(uri, {"vector": "vector"}, "vector", filter="id < 20 -- the first ones", where_null=False)
+    assert report.rows == len([item for item in range(20) if item % 7 != 3])
+
+
 def test_only_rows_changed_since_a_version_are_computed_and_count_as_updated(tmp_path: Path):
     target = str(tmp_path / "stable")
     dataset = lance.write_dataset(numbers(0, 200), target, max_rows_per_file=50, enable_stable_row_ids=True)
