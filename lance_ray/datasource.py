@@ -20,7 +20,7 @@ from ray.data.expressions import Expr
 from lance_ray.arrow import row_width, unify
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_ray_options
+from lance_ray.executors import check_ray_options, check_sendable
 from lance_ray.memory import keep_freed_memory
 from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
@@ -370,7 +370,8 @@ def read_lance(
         table_id: the table's name in a namespace, with ``namespace_impl``.
         columns: names to read, or a dict of name to SQL expression. Metadata columns (``_rowid``, ``_rowaddr``,
             ``_row_created_at_version``, ``_row_last_updated_at_version``) may be named too.
-        filter: SQL text or a pyarrow expression, with Lance's meaning.
+        filter: SQL text or a pyarrow expression, with Lance's meaning; for a search also a query, as
+            ``full_text_query`` takes it.
         version: a version number or a tag; the newest by default.
         asof: the newest version that existed at this time, inclusive (datetime or ISO string; naive means local).
         branch: the branch to read.
@@ -379,8 +380,9 @@ def read_lance(
         nearest: read only the rows nearest to a vector, nearest first, with their ``_distance``: see
             :func:`lance_ray.vector_search`. One block with exactly the k nearest of the whole table comes out, however
             many tasks find them; nothing is searched before the dataset is consumed.
-        full_text_query: read only the rows that match a text, best first, with their ``_score``: text, one of
-            ``lance.query``, or a dict of ``query`` and ``columns``. ``limit`` says how many.
+        full_text_query: read only the rows that match a text, best first, with their ``_score``: text, a dict of
+            ``query`` and ``columns``, or ``functools.partial(MatchQuery, ...)`` or another function that makes one of
+            ``lance.query`` (these themselves cannot be sent to workers). ``limit`` says how many.
         prefilter: whether ``filter`` comes before the ranking of ``nearest`` and ``full_text_query`` (the default), or
             removes rows from its result.
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes;
@@ -457,6 +459,8 @@ def read_lance(
         with_row_address=with_row_address or with_metadata,
         with_fragment_id=with_metadata,
     )
+    check_sendable("full_text_query", scan_options.scanner.get("full_text_query"))
+    check_sendable("filter", scan_options.filter)
     plan = PlanOptions(fragment_group_size, override_num_blocks, fold_seed(shuffle))
     if plan.shuffle_seed is not None and scan_options.is_single_task:
         raise InvalidArgumentError("shuffle", shuffle, "cannot be combined with order_by, nearest or full text")

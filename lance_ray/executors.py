@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import ray
+from ray import cloudpickle
 from ray import exceptions as ray_errors
 
 from lance_ray.errors import InvalidArgumentError, redact
@@ -57,6 +58,19 @@ def check_ray_options(args: Any, parameter: str = "ray_remote_args") -> None:
     except (TypeError, ValueError) as error:
         shown = sorted(map(str, args)) if parameter == "ray_remote_args" else args[parameter]
         raise InvalidArgumentError(parameter, shown, str(error)) from None
+
+
+def check_sendable(parameter: str, query: Any) -> None:
+    """Refuse a query that cannot be sent to other processes, now and not when the first task starts.
+
+    Raises:
+        InvalidArgumentError: it holds a query object of ``lance.query``, which cannot be asked what it is made of.
+    """
+    try:
+        cloudpickle.dumps(query)
+    except Exception as error:  # noqa: BLE001  # whatever pickling raises, it would raise for the task, too
+        ways = "give text, a dict, or what makes the query: functools.partial(MatchQuery, ...) or a function"
+        raise InvalidArgumentError(parameter, type(query).__name__, f"cannot be sent to workers; {ways}") from error
 
 
 def checked_ray_args(args: Mapping[str, Any]) -> dict[str, Any]:

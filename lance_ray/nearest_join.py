@@ -15,7 +15,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import checked_ray_args
+from lance_ray.executors import check_sendable, checked_ray_args
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
 from lance_ray.options import ScanOptions, check_positive
@@ -140,6 +140,7 @@ def nearest_join(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
+    check_sendable("filter", filter)
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
     dimension = _dimension(table, column)
     names = columns if columns is not None else [name for name in table.open().schema.names if name != column]

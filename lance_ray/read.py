@@ -111,8 +111,8 @@ class ReadSpec:
     def scanner_kwargs(self, dataset: lance.LanceDataset) -> dict[str, Any]:
         """Keywords of ``LanceDataset.scanner`` but for which rows it sees."""
         kwargs = dict(self.scan.scanner)
-        if callable(kwargs.get("full_text_query")):
-            kwargs["full_text_query"] = kwargs["full_text_query"]()
+        if "full_text_query" in kwargs:
+            kwargs["full_text_query"] = _made(kwargs["full_text_query"])
         if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
             kwargs["batch_size"] = self.batch_size
         columns = self.scanned_columns(dataset.schema)
@@ -125,10 +125,15 @@ class ReadSpec:
         return {
             **kwargs,
             "columns": columns,
-            "filter": self.filter,
+            "filter": _made(self.filter),
             "with_row_id": self.wants(ROW_ID, asked=self.scan.with_row_id) or None,
             "with_row_address": fragment_id or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address) or None,
         }
+
+
+def _made(query: Any) -> Any:
+    """A query, also where a function makes it: the engine's own query objects cannot be sent to other processes."""
+    return query() if callable(query) else query
 
 
 def _with_score(columns: Any, score: str) -> Any:
@@ -158,7 +163,7 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         with _argument_errors(name, value):
             dataset.scanner(**{name: value})
     fragments = _fragments(dataset, scan.fragment_ids)
-    if scan.filter is not None and not isinstance(scan.filter, Mapping):
+    if scan.has_condition:
         with _argument_errors("filter", scan.filter):
             dataset.scanner(columns=[], with_row_id=True, filter=scan.filter).explain_plan()
     spec = ReadSpec(table, scan, pa.schema([]))

@@ -210,7 +210,7 @@ def _vector_bytes(kind: pa.DataType) -> float:
 
 def _can_be_cut(spec: ReadSpec) -> bool:
     options = spec.scan.scanner
-    plain = spec.filter is None or not isinstance(spec.filter, Mapping)
+    plain = spec.filter is None or spec.scan.has_condition
     computed = any(DISTANCE in sql or "_score" in sql for _, sql in spec.scan.expressions)
     return set(options) <= _SHARDED_OPTIONS and plain and not computed and spec.scan.fragment_ids is None
 

@@ -115,12 +115,27 @@ def test_a_text_read_gives_the_best_rows_with_their_scores(tmp_path: Path):
     )
     dataset.create_scalar_index("text", "INVERTED")
     wanted = {item for item in range(60) if item % 4 == 3}
-    for query in ("lance", {"query": "lance", "columns": ["text"]}, partial(MatchQuery, "lance", "text")):
+    queries: list[Any] = ["lance", {"query": "lance", "columns": ["text"]}, partial(MatchQuery, "lance", "text")]
+    for query in (*queries, lambda: MatchQuery("lance", "text", boost=2.0)):
         ds = lance_ray.read_lance(str(tmp_path / "t"), full_text_query=query, columns=["id"], limit=15)
         assert ds.schema().names == ["id", "_score"]
         rows = ds.take_all()
         assert {row["id"] for row in rows} == wanted
         assert [row["_score"] for row in rows] == sorted((row["_score"] for row in rows), reverse=True)
+
+
+def test_the_nearest_of_the_rows_that_match_a_text_are_read(tmp_path: Path):
+    dataset = write_vectors(tmp_path / "t", random_vectors(200))
+    dataset.create_scalar_index("name", "INVERTED")
+    spec = {"column": "vector", "q": random_vectors(1, seed=3)[0], "k": 9}
+    query = partial(MatchQuery, "7 11 13 19 101", "name")
+    wanted = by_engine(tmp_path / "t", spec, ["id"], filter=query())
+    assert sorted(wanted.column("id").to_pylist()) == [7, 11, 13, 19, 101]
+    assert lance_ray.read_lance(tmp_path / "t", nearest=spec, filter=query, columns=["id"]).take_all() == (
+        wanted.to_pylist()
+    )
+    for found in (query, query()):  # in this process the engine's own objects work, too
+        assert lance_ray.vector_search(tmp_path / "t", nearest=spec, filter=found, columns=["id"]).equals(wanted)
 
 
 # Shards on the cluster
@@ -314,6 +329,7 @@ def test_a_join_through_an_index_finds_what_single_searches_find(uri: str):
         ({"concurrency": 0}, "concurrency"),
         ({"columns": ["nope"]}, "columns"),
         ({"filter": "nope = 1"}, "filter"),
+        ({"filter": MatchQuery("row", "name")}, "filter"),
         ({"nearest": {"k": 3}}, "nearest"),
         ({"nearest": {"probes": 3}}, "nearest"),
         ({"output": "q"}, "output"),
