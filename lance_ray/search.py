@@ -332,7 +332,8 @@ def vector_search(
         analyze_plan: run the search and return the engine's analysis of each shard as text.
         with_row_id: add ``_rowid``.
         scanner_options: further options of ``LanceDataset.scanner``.
-        pool: :class:`lance_ray.WarmWorkers`, or a ``ray.util.multiprocessing.Pool``; by default the global one.
+        pool: :class:`lance_ray.WarmWorkers`, or a ``ray.util.multiprocessing.Pool``; by default the global one. A
+            process that dies is replaced in either. A ``Pool`` that gives no result for an hour ends the search.
         progress: True for a bar, a reporter of one's own, False for silence.
 
     Returns:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lance
@@ -17,7 +19,7 @@ from ray.util.multiprocessing import Pool
 
 import lance_ray
 from lance_ray import nearest, pools
-from lance_ray.errors import InvalidArgumentError, TaskFailedError
+from lance_ray.errors import InvalidArgumentError, TaskFailedError, WorkerEnvironmentError
 from lance_ray.executors import PoolExecutor
 from lance_ray.runner import RunOptions, run_tasks
 from tests.vectors import append_vectors, by_engine, cut_small, random_vectors, vector_array, write_vectors
@@ -238,6 +240,55 @@ def test_what_a_task_in_a_pool_raises_comes_with_its_own_type(ray_pool: Pool):
     with pytest.raises(TaskFailedError) as caught:
         list(run)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_process_of_a_pool_that_dies_costs_an_attempt_and_is_replaced(
+    uri: str, tmp_path: Path, ray_pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    marker = str(tmp_path / "died")
+    monkeypatch.setattr("lance_ray.search.search_shard", partial(dies_once, marker))
+    before = ray_pool.apply(os.getpid)
+    spec = spec_of(3, 50, use_index=False)
+    found = lance_ray.vector_search(uri, nearest=spec, columns=["id"], pool=ray_pool)
+    assert found.equals(by_engine(uri, spec, ["id"]))
+    assert Path(marker).exists()
+    assert ray_pool.apply(os.getpid) != before
+
+
+def dies(shared: Any, task: int) -> int:
+    os._exit(1)
+
+
+def test_a_task_that_ends_each_process_of_a_pool_ends_with_an_error_and_the_pool_stays_usable(ray_pool: Pool):
+    run = run_tasks(dies, [1], shared=None, options=RunOptions(progress=False), executor=PoolExecutor(ray_pool))
+    with pytest.raises(TaskFailedError, match="3 attempt"):
+        list(run)
+    assert ray_pool.apply(abs, (-3,)) == 3
+
+
+def sleeps(seconds: float, task: int) -> int:
+    time.sleep(seconds)
+    return task
+
+
+def test_a_pool_that_gives_no_result_ends_the_run_after_the_stated_time(ray_pool: Pool):
+    list(run_tasks(sleeps, [0], shared=0.0, executor=PoolExecutor(ray_pool)))  # a new process imports first
+    started = time.perf_counter()
+    executor = PoolExecutor(ray_pool, silent_seconds=0.5)
+    run = run_tasks(sleeps, [1], shared=2.0, options=RunOptions(progress=False), executor=executor)
+    with pytest.raises(TaskFailedError) as caught:
+        list(run)
+    assert isinstance(caught.value.__cause__, WorkerEnvironmentError)
+    assert 0.5 <= time.perf_counter() - started < 1.5
+    executor = PoolExecutor(ray_pool, silent_seconds=4.0)  # the abandoned task still runs for a while
+    quick = run_tasks(sleeps, range(6), shared=0.8, options=RunOptions(progress=False), executor=executor)
+    assert sorted(outcome.unwrap() for outcome in quick) == [*range(6)]  # the limit counts from the last result
+
+
+def test_a_pool_that_repeats_for_ever_what_kills_it_is_refused():
+    pool = SimpleNamespace(apply_async=print, _ray_remote_args={"max_task_retries": -1})
+    with pytest.raises(InvalidArgumentError, match="max_task_retries"):
+        lance_ray.set_global_pool(pool)
 
 
 @pytest.mark.parametrize("pool", [3, object(), "pool"])
