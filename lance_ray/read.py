@@ -19,7 +19,7 @@ from lance.dataset import serialize_row_addrs
 
 from lance_ray.arrow import row_width
 from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
-from lance_ray.options import ScanOptions
+from lance_ray.options import ScanOptions, as_matrix
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
 from lance_ray.predicates import apply_residual, columns_of
 from lance_ray.retry import RetryPolicy, is_interruption
@@ -158,6 +158,7 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         InvalidArgumentError: unknown column, a filter that does not parse or fit the types, an unknown option.
     """
     dataset = table.open()
+    scan = _with_few_queries(scan)
     _check_columns(dataset, scan)
     for name, value in scan.scanner.items():  # each by itself: the engine does not say which one it refuses
         with _argument_errors(name, value):
@@ -178,6 +179,15 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         fields = [item for item in schema if item.name not in hidden]
         schema = pa.schema([*fields, pa.field(FRAGMENT_ID, pa.uint64())], schema.metadata)
     return schema
+
+
+def _with_few_queries(scan: ScanOptions) -> ScanOptions:
+    """Of many query vectors only two: the engine plans each, and they differ in nothing that is checked."""
+    nearest: Any = scan.scanner.get("nearest")
+    queries = as_matrix(nearest["q"]) if isinstance(nearest, Mapping) else None
+    if queries is None or len(queries) <= 2:
+        return scan
+    return dataclasses.replace(scan, scanner={**scan.scanner, "nearest": {**nearest, "q": queries[:2]}})
 
 
 def _check_columns(dataset: lance.LanceDataset, scan: ScanOptions) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -201,10 +202,30 @@ def test_an_index_in_shards_gives_what_one_process_gives(sharded, tmp_path: Path
         spec = {"column": "vector", "q": q, "k": 7, **options}
         found = lance_ray.vector_search(str(tmp_path / "t"), nearest=spec, columns=["id"])
         wanted = by_engine(tmp_path / "t", spec, ["id"])
-        if "refine_factor" in options:  # each shard refines as many rows as one process refines in all
+        if "refine_factor" in options:  # of equal estimates one process refines some, a shard all of them
             assert np.all(np.asarray(found.column("_distance")) <= np.asarray(wanted.column("_distance")))
         else:
             assert found.equals(wanted)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("options", [{"refine_factor": 3}, {"refine_factor": 1, "nprobes": 2}], ids=str)
+def test_many_queries_refine_what_each_refines_alone(sharded, tmp_path: Path, metric, options, monkeypatch):
+    queries = indexed(tmp_path / "t", metric=metric)
+    monkeypatch.setattr("lance_ray.nearest._RESCORED_QUERIES", 7)
+    spec = {"column": "vector", "k": 6, **options}
+    together = lance_ray.vector_search(
+        str(tmp_path / "t"), nearest={**spec, "q": queries}, columns=["id"], filter="id % 3 > 0"
+    )
+    exact = by_engine(tmp_path / "t", {**spec, "q": queries, "use_index": False, "metric": metric, "k": 2000}, ["id"])
+    distances = {(row["query_index"], row["id"]): row["_distance"] for row in exact.to_pylist()}
+    for number, query in enumerate(queries):
+        alone = by_engine(tmp_path / "t", {**spec, "q": query}, ["id"], filter="id % 3 > 0")
+        some = together.filter(pc.field("query_index") == number)
+        assert np.all(np.asarray(some.column("_distance")) <= np.asarray(alone.column("_distance")))
+        for row in some.to_pylist():
+            assert row["_distance"] == distances[number, row["id"]]
+            assert row["id"] % 3
 
 
 @pytest.mark.parametrize("metric", METRICS)
