@@ -75,15 +75,25 @@ class LanceDatasource(Datasource):
         return not any(spec.scan.refuses_predicates for spec in self._specs)
 
     def apply_projection(self, projection_map: dict[str, str] | None) -> LanceDatasource:
-        """The same source for these columns of the present ones (values of the map are ignored, as Ray wants it)."""
+        """The same source for these columns of the present ones (values of the map are ignored, as Ray wants it).
+
+        Raises:
+            InvalidArgumentError: a column that the read does not have.
+        """
         clone = copy.copy(self)
         clone._projection_map = self._combine_projection_map(self._projection_map, projection_map)
         projection = None if clone._projection_map is None else tuple(clone._projection_map)
+        _check_known("columns", projection or (), self._specs[0].schema)
         clone._specs = tuple(dataclasses.replace(spec, projection=projection) for spec in self._specs)
         return clone
 
     def apply_predicate(self, predicate_expr: Expr) -> LanceDatasource:
-        """The same source with a filter, or this very object when none of it can be decided by Lance."""
+        """The same source with a filter, or this very object when none of it can be decided by Lance.
+
+        Raises:
+            InvalidArgumentError: a column that the read does not have, or that was not selected from it.
+        """
+        _check_known("expr", columns_of(predicate_expr), self._specs[0].output_schema)
         specs = [_with_predicate(spec, predicate_expr) for spec in self._specs]
         if any(spec is None for spec in specs):
             return self
@@ -289,6 +299,12 @@ def _read_task(
         input_files=None,
     )
     return ReadTask(read, metadata, schema=spec.output_schema, per_task_row_limit=limit)
+
+
+def _check_known(parameter: str, names: Iterable[str], schema: pa.Schema) -> None:
+    unknown = [name for name in names if name not in schema.names]
+    if unknown:
+        raise InvalidArgumentError(parameter, unknown, f"are not columns of the dataset, which has {schema.names}")
 
 
 def _with_predicate(spec: ReadSpec, predicate: Expr) -> ReadSpec | None:
