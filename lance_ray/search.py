@@ -302,6 +302,12 @@ def vector_search(
     index the rows are exactly those of a search in one process, ties in the order of row ids. With one, each segment
     is searched as the engine does it, so that no neighbour is lost which a search in one process finds.
 
+    What cannot be cut into shards is one call of the engine in this process, whatever workers were asked for: columns
+    of several vectors in a row (``q`` is then the vectors of one query), a ``lance.query.MinHashQuery`` as ``nearest``
+    (ten rows; ``read_lance`` takes it with any ``limit``), a filter that is itself a query, and scanner options that
+    choose rows (``row_addr_allowlist`` and the like). So are ``fragment_ids`` in ``read_lance(nearest=...)``, in one
+    task.
+
     Args:
         uri: path or URI of the table, or an opened dataset.
         nearest: ``column``, ``q`` (a vector, or a 2-D array or list of vectors for many queries), ``k`` (10), and any

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lance.dataset import serialize_row_addrs
+from lance.query import MinHashQuery
 
 import lance_ray
 from lance_ray import nearest
@@ -150,6 +152,58 @@ def test_a_table_of_equal_rows_is_searched_by_the_engine_alone(
     assert lance_ray.vector_search(str(tmp_path / "t"), nearest=spec, columns=["id"]).equals(
         by_engine(tmp_path / "t", spec, ["id"])
     )
+
+
+QUERY = {"query": "7 11 13", "columns": ["name"]}
+ONE_CALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "many vectors in a row": ({"column": "many", "q": random_vectors(2, 8), "k": 4}, {}),
+    "text by MinHash": ({"minhash": "row 7 of the table with a few words more"}, {}),
+    "an allowlist": ({"q": random_vectors(1)[0], "k": 4}, {"row_addr_allowlist": [1, 5, 8, 60, 90]}),
+    "a blocklist": ({"q": random_vectors(1)[0], "k": 4}, {"row_addr_blocklist": [*range(80)]}),
+    "a query as the filter": (
+        {"q": random_vectors(1)[0], "k": 4},
+        {"filter": {"query": "7 11 13", "columns": ["name"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ONE_CALL)
+def test_what_cannot_be_cut_is_one_call_of_the_engine(sharded, tmp_path: Path, what: str, monkeypatch):
+    vectors = pa.array([random_vectors(1 + item % 3, 8, seed=item).tolist() for item in range(200)], MANY)
+    texts = [f"row {item} of the table with a few words more" for item in range(200)]
+    table = pa.table(
+        {"id": np.arange(200), "name": texts, "many": vectors, "vector": vector_array(random_vectors(200))}
+    )
+    dataset = lance.write_dataset(table, str(tmp_path / "t"), max_rows_per_file=70)
+    dataset.create_scalar_index("name", "INVERTED")
+    dataset.create_scalar_index("name", "MINHASHLSH", name="minhash")
+    spec, options = ONE_CALL[what]
+    nearest: Any = MinHashQuery(spec["minhash"], "name") if "minhash" in spec else {"column": "vector", **spec}
+    options = {key: serialize_row_addrs(value) if "list" in key else value for key, value in options.items()}
+    monkeypatch.setattr("lance_ray.search.run_tasks", None)
+    found = lance_ray.vector_search(
+        str(tmp_path / "t"),
+        nearest=nearest,
+        columns=["id"],
+        filter=options.get("filter"),
+        scanner_options={key: value for key, value in options.items() if key != "filter"},
+    )
+    assert found.num_rows > 2
+    assert found.equals(by_engine(tmp_path / "t", nearest, ["id"], **options))
+    if "minhash" in spec:
+        assert read_here(tmp_path / "t", nearest=nearest, columns=["id"], limit=15).num_rows == 15
+
+
+MANY = pa.list_(pa.list_(pa.float32(), 8))
+
+
+def test_fragment_ids_of_a_ranked_read_are_one_call_of_the_engine(sharded, uri: str, monkeypatch):
+    monkeypatch.setattr("lance_ray.search.run_tasks", None)
+    spec = {"column": "vector", "q": random_vectors(1)[0], "k": 5}
+    dataset = lance.dataset(uri)
+    found = read_here(uri, nearest=spec, columns=["id"], fragment_ids=[1, 4])
+    wanted = by_engine(uri, spec, ["id"], fragments=[dataset.get_fragment(1), dataset.get_fragment(4)])
+    assert found.column("id").to_pylist() == wanted.column("id").to_pylist()
 
 
 def test_all_columns_row_ids_and_expressions_come_as_asked(sharded, uri: str):
