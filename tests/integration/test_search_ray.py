@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import ray
 from lance.query import MatchQuery
+from ray.exceptions import RayTaskError
 from ray.util.multiprocessing import Pool
 
 import lance_ray
@@ -331,6 +332,23 @@ def test_a_join_adds_the_neighbours_of_each_row(uri: str, missing: bool):
     assert set(rows[0]["neighbors"][0]) == {"id", "name", "_distance"}
 
 
+def test_vectors_of_a_join_may_be_tensors_and_of_more_bits(uri: str):
+    vectors = random_vectors(3, seed=8)
+    kinds = [
+        ray.data.from_numpy(vectors.astype(np.float64)),
+        ray.data.from_arrow(pa.table({"data": pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)})),
+        ray.data.from_arrow(pa.table({"data": vectors.tolist()})),
+    ]
+    found = [
+        [
+            [item["id"] for item in row["neighbors"]]
+            for row in lance_ray.nearest_join(ds, uri, on="data", k=4, nearest={"use_index": False}).take_all()
+        ]
+        for ds in kinds
+    ]
+    assert found == [neighbours(uri, queries_of(3))] * 3
+
+
 def test_an_exploded_join_has_a_row_for_each_neighbour(uri: str):
     queries = queries_of(6, missing=True)
     joined = lance_ray.nearest_join(
@@ -367,6 +385,30 @@ def test_a_join_through_an_index_finds_what_single_searches_find(uri: str):
     assert [[item["id"] for item in row["neighbors"]] for row in rows] == [
         one.column("id").to_pylist() for one in singles
     ]
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        vector_array(random_vectors(2, 7)),
+        ["a", "b"],
+        pa.array([["a"], ["b"]]),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(random_vectors(2, 7)),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(random_vectors(2, 16).reshape(2, 4, 4)),
+    ],
+    ids=lambda item: str(getattr(item, "type", "string")),
+)
+def test_a_join_by_what_are_no_vectors_of_the_table_s_dimension_is_refused_before_anything_runs(uri: str, vectors: Any):
+    with pytest.raises(InvalidArgumentError) as caught:
+        lance_ray.nearest_join(ray.data.from_arrow(pa.table({"embedding": vectors})), uri, on="embedding")
+    assert caught.value.parameter == "on"
+
+
+def test_a_vector_of_another_dimension_that_only_its_row_shows_ends_the_join(uri: str):
+    ds = ray.data.from_arrow(pa.table({"embedding": [[0.5] * 16, [0.5] * 7]}))
+    joined = lance_ray.nearest_join(ds, uri, on="embedding", k=2, concurrency=1)
+    with pytest.raises(RayTaskError, match=r"has vectors of \[7\] numbers; the table's have 16"):
+        joined.take_all()
 
 
 @pytest.mark.parametrize(
