@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,37 @@ def test_appended_rows_are_ranked_among_indexed_ones_by_the_same_distance(sharde
     ours, engine = (recall(table, exact, 10) for table in (found, by_engine(tmp_path / "t", spec, ["id"])))
     assert ours >= engine
     assert any(item >= 5000 for item in found.column("id").to_pylist())
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["IVF_PQ", "IVF_FLAT", "IVF_HNSW_SQ"]),
+    metric=st.sampled_from(METRICS),
+    segments=st.integers(1, 2),
+    appended=st.sampled_from([0, 30]),
+    nprobes=st.integers(1, 4),
+    refine=st.sampled_from([None, 1, 4]),
+    count=st.sampled_from([1, 3, 17, 40]),
+    k=st.integers(1, 12),
+)
+def test_with_any_index_distances_are_the_engine_s_and_no_neighbour_is_lost(
+    sharded, *, kind, metric, segments, appended, nprobes, refine, count, k
+):
+    with tempfile.TemporaryDirectory() as folder:
+        queries = indexed(Path(folder) / "t", segments=segments, appended=appended, kind=kind, metric=metric)[:count]
+        spec: dict[str, Any] = {"column": "vector", "q": queries if count > 1 else queries[0], "k": k}
+        probes = {"nprobes": nprobes} | ({} if refine is None else {"refine_factor": refine})
+        found = lance_ray.vector_search(str(Path(folder) / "t"), nearest={**spec, **probes}, columns=["id"])
+        engine = by_engine(Path(folder) / "t", {**spec, **probes}, ["id"])
+        exact = by_engine(Path(folder) / "t", {**spec, "k": 2100, "use_index": False, "metric": metric}, ["id"])
+    have, wanted = (np.asarray(table.column("_distance")) for table in (found, engine))
+    if refine is None and not appended:  # estimates: of equal ones either may come
+        assert np.array_equal(have, wanted)
+        return
+    assert len(have) == len(wanted)
+    assert np.all(have <= wanted)  # so that recall is not below, either
+    distances = {(row.get("query_index"), row["id"]): row["_distance"] for row in exact.to_pylist()}
+    assert all(row["_distance"] == distances[row.get("query_index"), row["id"]] for row in found.to_pylist())
 
 
 def recall(found: pa.Table, exact: pa.Table, k: int) -> float:
