@@ -339,6 +339,24 @@ class ActorExecutor:
         idle, self._idle = self._idle, []
         return _ActorSession(self, fn, self._shipped[1], idle)
 
+    def fill(self, seconds: float) -> None:
+        """Start the actors that are missing, as far as the cluster has room for them within so many seconds."""
+        _connect()
+        make: Any = ray.remote(_Actor).options(**self.actor_options)
+        started = [make.remote() for _ in range(self.size - len(self._idle))]
+        ready = {actor.__ray_ready__.remote(): actor for actor in started}
+        deadline = monotonic() + seconds
+        while ready and (done := _ready(list(ready), max(0.0, deadline - monotonic()))):
+            for ref in done:
+                actor = ready.pop(ref)
+                if _fetch(ref)[1] is None:
+                    self._idle.append(actor)
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """What Ray is told about each actor."""
+        return {**self.ray_remote_args, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
+
     def keep(self, actors: Sequence[Any]) -> None:
         """Take back actors after a run; those beyond ``size`` end with their last reference."""
         self._idle = [*self._idle, *actors][: self.size]
@@ -374,8 +392,7 @@ class _Actor:
 
 class _ActorSession:
     def __init__(self, executor: ActorExecutor, fn: Worker[Any, Any], shipped: Any, idle: list[Any]) -> None:
-        options = {**executor.ray_remote_args, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-        self._remote: Any = ray.remote(_Actor).options(**options)
+        self._remote: Any = ray.remote(_Actor).options(**executor.actor_options)
         self._executor, self._fn, self._shipped = executor, fn, shipped
         self._idle = idle
         self._starting: dict[Any, Any] = {}  # the reference that is ready when the actor is, and the actor
