@@ -13,6 +13,7 @@ version) and *commit* (one module), and each question has one file:
 ``options``           frozen option groups; every check of an argument that needs no table
 ``stores``            options of object stores, in every form that users write them
 ``catalog``           the only place that talks to namespaces
+``plugins``           what implementations of namespaces do each in their own way, and what their errors mean
 ``table``             which table: asked for, resolved, about to be written; the only place that opens
 ``arrow``             blocks to Arrow, one schema, alignment by name and type
 ``predicates``        Ray expressions to Lance SQL, where both mean the same

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "errors.py": {"ray", "lance", "lance_namespace", "fsspec"},
     "options.py": {"ray", "lance_namespace"},
     "catalog.py": {"ray"},
+    "plugins.py": {"ray", "lance"},
     "table.py": {"ray"},
     "commit.py": {"ray"},
     "ledger.py": {"ray"},
