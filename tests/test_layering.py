@@ -25,6 +25,8 @@ FORBIDDEN = {
     "options.py": {"ray", "lance_namespace"},
     "catalog.py": {"ray"},
     "plugins.py": {"ray", "lance"},
+    "stores.py": {"ray", "lance", "lance_namespace", "fsspec"},
+    "store_": {"ray", "lance", "lance_namespace", "fsspec"},
     "table.py": {"ray"},
     "commit.py": {"ray"},
     "ledger.py": {"ray"},
