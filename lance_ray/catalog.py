@@ -160,6 +160,7 @@ class CatalogClient(lance_namespace.LanceNamespace):
         self.ref = ref
         self._inner = inner
         self._lock = threading.Lock()
+        self._asking: dict[tuple[str, ...], threading.Lock] = {}
         self._described: dict[tuple[str, ...], _Described] = {}
 
     @property
@@ -184,7 +185,9 @@ class CatalogClient(lance_namespace.LanceNamespace):
         """What the namespace says of a table; the last answer as long as its credentials last."""
         asked = _as_request("describe_table", request)
         key = (*asked.id, str(asked.version or ""))
-        with self._lock:  # one question for all that wait for the same answer
+        with self._lock:
+            asking = self._asking.setdefault(key, threading.Lock())
+        with asking:  # one question for all that wait for the same answer; other tables do not wait
             known = self._described.get(key)
             if known is None or not known.is_fresh():
                 known = self._described[key] = self._ask(asked)
@@ -194,8 +197,7 @@ class CatalogClient(lance_namespace.LanceNamespace):
         """An answer of now, for what is decided by it. Raises what the implementation raises."""
         answer = self._within(method, request)
         if method == "describe_table":
-            with self._lock:
-                self._described[*request.id, str(request.version or "")] = _Described(answer, None)
+            self._described[*request.id, str(request.version or "")] = _Described(answer, None)
         return answer
 
     def _ask(self, request: Any) -> _Described:

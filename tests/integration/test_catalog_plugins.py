@@ -59,6 +59,21 @@ def test_every_table_is_listed_however_long_the_pages_are(catalog: Catalog):
     assert sorted(listed) == [(*catalog.database, name) for name in names]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("catalog", ["dlf", "unity"], indirect=True)
+def test_a_database_is_compacted_to_its_last_table(ray_session: object, catalog: Catalog):
+    names = [f"t{number}" for number in range(2 * PAGE + 1)]
+    for name in names:
+        for mode in ("create", "append"):
+            lance_ray.create_table(data=rows(1, 2), mode=mode, **catalog.table(name))
+    reports = lance_ray.compact_database(
+        database=list(catalog.database), storage_options=catalog.storage_options, **catalog.namespace
+    )
+    assert len(reports) == len(names)
+    assert [len(lance_ray.table_health(**catalog.table(name)).fragments) for name in names] == [1] * len(names)
+
+
 def test_a_database_that_is_not_there_is_no_table_to_create(catalog: Catalog):
     elsewhere = [*catalog.database[:-1], "nowhere"]
     with pytest.raises(TableNotFoundError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -351,6 +353,31 @@ def test_a_catalog_that_does_not_answer_is_not_waited_for_for_ever():
     with pytest.raises(StorageError, match=r"no answer within 0\.3 s"):
         lance_ray.describe_table(namespace_impl=ref, table_id=["t"])
     assert time.monotonic() - started < 5
+
+
+def test_a_table_that_the_catalog_is_silent_on_holds_up_no_other():
+    class Half(catalogs.Hanging):
+        def describe_table(self, request: Any) -> Any:
+            if request.id == ["slow"]:
+                super().describe_table(request)
+            return lance_namespace.DescribeTableResponse(location="somewhere")
+
+    ref = NamespaceRef("Half", timeout=5.0, token="half", connected=Half())
+    client = ref.client()
+    assert client is not None
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            client.describe_table({"id": ["slow"]})
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    started = time.monotonic()
+    while ("slow", "") not in client._asking and time.monotonic() - started < 5:
+        time.sleep(0.01)
+    assert client.describe_table({"id": ["quick"]}).location == "somewhere"
+    assert time.monotonic() - started < 4
+    waiting.join()
 
 
 # Credentials
