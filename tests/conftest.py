@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from tests import leaks
 from tests.faults.proxy import FaultProxy
 from tests.faults.stores import BUCKET, S3
-from tests.leaks import pytest_configure  # noqa: F401 - makes this file a plugin that looks for secrets
+from tests.leaks import pytest_configure, pytest_make_parametrize_id  # noqa: F401 - hooks, which look for secrets
 
 
 @pytest.fixture(scope="session")

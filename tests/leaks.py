@@ -88,6 +88,11 @@ class Watch:
             terminalreporter.write_line(f"SECRET LEAKED: {line}", red=True)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The name of a parameter that is or has a secret; pytest's own for others."""
+    return shown(val) if isinstance(val, str) and names_in(val) else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Watch, once per run and process."""
     if not config.pluginmanager.has_plugin("leaks-watch"):

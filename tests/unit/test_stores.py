@@ -28,7 +28,7 @@ from lance_ray.stores import (
     storage_options_of,
     translation_table,
 )
-from tests.leaks import secret, shown
+from tests.leaks import secret
 
 SECRET = secret("the key of stores", "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEZ")
 SERVICE_ACCOUNT = json.dumps({"type": "service_account", "private_key": SECRET})
@@ -348,7 +348,6 @@ def test_the_scheme_says_what_key_and_token_are():
         (SERVICE_ACCOUNT, {"google_service_account_key": SERVICE_ACCOUNT}),
         ("google_default", {}),
     ],
-    ids=shown,
 )
 def test_gcsfs_token_is_many_things(token: Any, expected: dict[str, str]):
     assert (options({"token": token}, "gs://bucket/t") or {}) == expected
@@ -455,7 +454,6 @@ def test_other_filesystems_are_refused(filesystem: Any, uri: str):
         (IOConfig(s3=S3Config(key_id="K", access_key=SECRET)), "tos://b/t", "force_virtual_addressing"),
         (IOConfig(s3=S3Config(key_id="K", access_key=SECRET)), "rest://ns/t", "location"),
     ],
-    ids=shown,
 )
 def test_what_makes_no_sense_is_refused_by_name(given: Any, uri: str, names: str):
     assert names in str(refused(storage_options_of, given, uri))
