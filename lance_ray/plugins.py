@@ -139,11 +139,14 @@ def _unity_tables(namespace: Any, database: list[str]) -> list[str]:
     token = ""
     while True:
         page = namespace.rest_client.get("/tables", {**asked, **({"page_token": token} if token else {})}) or {}
-        tables = page.get("tables") or ()
-        found += [item["name"] for item in tables if (item.get("properties") or {}).get("table_type") == "lance"]
+        found += [item["name"] for item in page.get("tables") or () if _is_lance(item.get("properties") or {})]
         if not page.get("next_page_token") or page["next_page_token"] == token:
             return found
         token = page["next_page_token"]
+
+
+def _is_lance(properties: dict[str, Any]) -> bool:
+    return str(properties.get("table_type")).lower() == "lance"
 
 
 def translated(
