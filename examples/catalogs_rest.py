@@ -74,11 +74,11 @@ def catalog_server(given: str | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="lance-ray-") as folder:
         adapter = RestAdapter("dir", {"root": folder}, port=0)
-        adapter.start()
+        adapter.start()  # type: ignore[no-untyped-call] # pylance declares nothing here
         try:
             yield f"http://127.0.0.1:{adapter.port}"
         finally:
-            adapter.stop()
+            adapter.stop()  # type: ignore[no-untyped-call] # pylance declares nothing here
 
 
 if __name__ == "__main__":

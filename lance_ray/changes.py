@@ -192,7 +192,7 @@ def restore(
     table, ref = _newest(uri, locals())
     dataset = table.open_at(version)
     with translate_errors("restore", table.uri, secrets=table.secrets):
-        dataset.restore()
+        dataset.restore()  # type: ignore[no-untyped-call] # pylance declares nothing here
     return _report(ref, "restore", table.open_latest())
 
 

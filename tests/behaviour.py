@@ -20,7 +20,6 @@ import ray
 
 import lance_ray
 from lance_ray import LanceFragmentCommitter, LanceFragmentWriter, TableExistsError, TableNotFoundError
-from lance_ray.table import TableRef
 from tests.vectors import vector_array
 
 Address = Callable[[], dict[str, Any]]
@@ -104,11 +103,33 @@ def search(at: Address) -> None:
 
 
 def search_text(at: Address) -> None:
-    TableRef.fold(at().pop("uri", None), at()).pin().open().create_scalar_index("text", "INVERTED")
     assert ids(lance_ray.full_text_search(**at(), query="new", columns=["id"])) == [0, 1, 2]
     nearest = {"column": "vector", "q": np.array([1, 2], np.float32), "k": 5}
     found = lance_ray.hybrid_search(**at(), nearest=nearest, full_text_query="new", limit=3, columns=["id"])
     assert ids(found) == [0, 1, 2]  # of the five nearest, those that have the word as well
+
+
+def index(at: Address) -> None:
+    small: dict[str, Any] = {"num_workers": 1, "progress": False}
+    lance_ray.create_index(**at(), column="vector", index_type="IVF_FLAT", name="near", num_partitions=1, **small)
+    lance_ray.create_scalar_index(**at(), column="text", index_type="INVERTED", name="words", **small)
+    assert unindexed(at) == {"near": 0, "words": 0}
+    more = lance_ray.take(**at(), indices=[0])
+    more = more.set_column(more.schema.get_field_index("id"), "id", pa.array([1000], pa.int64()))
+    lance_ray.write_lance(ray.data.from_arrow(more), mode="append", **at())
+    assert unindexed(at) == {"near": 1, "words": 1}
+    lance_ray.refresh_index(**at(), name="words", progress=False)
+    lance_ray.optimize_indices(**at(), indices=["near"])
+    assert unindexed(at) == {"near": 0, "words": 0}
+    lance_ray.prewarm(**at(), name="words")
+    lance_ray.drop_index(**at(), name="near")
+    assert set(unindexed(at)) == {"words"}
+    lance_ray.delete(**at(), predicate="id = 1000")
+
+
+def unindexed(at: Address) -> dict[str, int]:
+    """How many rows each index does not know."""
+    return {item.name: item.unindexed_rows for item in lance_ray.list_indices(**at())}
 
 
 def restore(at: Address) -> None:
@@ -146,6 +167,7 @@ OPERATIONS: dict[str, Callable[[Address], None]] = {
     "compact": compact,
     "take": take,
     "vector search": search,
+    "index": index,
     "text search": search_text,
     "restore": restore,
     "describe": describe,
