@@ -105,10 +105,10 @@ def init_global_pool(processes: int, ray_remote_args: Mapping[str, Any] | None =
 def set_global_pool(pool: Any | None) -> None:
     """Use a pool for the whole process: :class:`WarmWorkers`, or a ``ray.util.multiprocessing.Pool``.
 
-    The caller goes on owning it. ``None`` forgets the present one without closing it.
+    The caller goes on owning it; processes that die are replaced. ``None`` forgets the present one without closing it.
 
     Raises:
-        InvalidArgumentError: it is neither.
+        InvalidArgumentError: it is neither, or a pool whose ``max_task_retries`` are without limit.
     """
     global _global_pool
     if pool is not None:

@@ -13,7 +13,7 @@ from lance.query import FullTextQuery, MatchQuery, MultiMatchQuery
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import LocalExecutor
+from lance_ray.executors import LocalExecutor, check_sendable
 from lance_ray.nearest import DISTANCE, QUERY_INDEX, fetch
 from lance_ray.options import ScanOptions, check_positive
 from lance_ray.planning.search import fused
@@ -72,7 +72,8 @@ def full_text_search(
     Args:
         uri: path or URI of the table, or an opened dataset.
         query: text, a query of ``lance.query``, a dict of ``query`` and ``columns``, or a list of these. Queries of
-            ``lance.query`` cannot be sent to other processes; ``functools.partial(MatchQuery, ...)`` can.
+            ``lance.query`` cannot be sent to other processes; ``functools.partial(MatchQuery, ...)``, or another
+            function that makes the query, can.
         text_columns: the columns that a text is searched in; by default all that have an index.
         limit: rows of the result, for each query; None for all that match.
         columns: columns of the result, or a dict of name to SQL expression; all by default.
@@ -150,10 +151,9 @@ class _In:
 
 def _many(spec: ReadSpec, texts: Sequence[Any], workers: SearchWorkers, *, batch: bool) -> pa.Table:
     executor, slots = workers.choose(len(texts) * _QUERY_BYTES)
-    if not isinstance(executor, LocalExecutor) and any(isinstance(item, FullTextQuery) for item in texts):
-        raise InvalidArgumentError(
-            "query", "lance.query", "cannot be sent to workers; give text or functools.partial(MatchQuery, ...)"
-        )
+    if not isinstance(executor, LocalExecutor):
+        for item in texts:
+            check_sendable("query", item)
     size = max(1, min(_TASK_QUERIES, -(-len(texts) // slots)))
     tasks = [TextTask(at, tuple(texts[at : at + size])) for at in range(0, len(texts), size)]
     options = RunOptions(max_in_flight=workers.num_workers, progress=workers.progress)
@@ -279,6 +279,8 @@ def hybrid_search(
     if not isinstance(nearest, Mapping):
         raise InvalidArgumentError("nearest", nearest, "must be a dict with 'column' and 'q'")
     text = _text_query(full_text_query, text_columns)
+    if workers.asked:
+        check_sendable("full_text_query", text)
     shared = scanner_options_of(None, prefilter=prefilter, fast_search=fast_search or None)
     halves = [
         ScanOptions.fold(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import ray
+from lance.query import MatchQuery
 
 import lance_ray
 from lance_ray.errors import InvalidArgumentError, LanceRayError, StorageError, TableNotFoundError, VersionNotFoundError
@@ -149,6 +150,20 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (T, {"scanner_options": {"nearest": QUERY}, "filter": "nope > 3"}, InvalidArgumentError, ["filter", "nope"]),
     (T, {"scanner_options": {"nearest": QUERY, "full_text_query": "a"}}, InvalidArgumentError, ["full_text_query"]),
     (T, {"scanner_options": {"full_text_query": "a"}}, InvalidArgumentError, ["full_text_query", "INVERTED"]),
+    (
+        T,
+        {"full_text_query": MatchQuery("a", "text")},
+        InvalidArgumentError,
+        ["full_text_query='MatchQuery'", "partial"],
+    ),
+    (T, {"full_text_query": {"query": MatchQuery("a", "text")}}, InvalidArgumentError, ["full_text_query", "partial"]),
+    (T, {"scanner_options": {"full_text_query": MatchQuery("a", "text")}}, InvalidArgumentError, ["full_text_query"]),
+    (
+        T,
+        {"nearest": QUERY, "filter": MatchQuery("a", "text")},
+        InvalidArgumentError,
+        ["filter='MatchQuery'", "partial"],
+    ),
     (T, {"scanner_options": {"order_by": ["nope"]}}, InvalidArgumentError, ["order_by", "nope"]),
     # how it is cut
     (T, {"fragment_group_size": 0}, InvalidArgumentError, ["fragment_group_size", "0"]),
