@@ -38,7 +38,7 @@ from lance_ray.read import (
 )
 from lance_ray.retry import RetryPolicy
 from lance_ray.search import SearchWorkers, search_rows, with_search_options
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, address_of
 
 logger = logging.getLogger(__name__)
 
@@ -493,15 +493,7 @@ def read_lance(
         "runtime_env": runtime_env,
     }
     _check_remote_args(ray_remote_args, named)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     refs = [
         TableRef.fold(item, address, version=version, asof=asof, branch=branch, open_options=open_options)
         for item in _uris(uri)

@@ -43,7 +43,7 @@ from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.read import FRAGMENT_ID, ROW_ADDRESS, ReadSpec, ReadTaskRows, finish, scan, table_schema
 from lance_ray.runner import RunOptions, run_tasks
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 THREADS_BYTES = 4 * 1024**3
 """Up to so many bytes of vectors, weighed by the number of queries, threads of this process are used; measured in
@@ -360,15 +360,7 @@ def vector_search(
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
     ref = TableRef.fold(
         uri,
-        {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        },
+        address_of(locals()),
         version=version,
         asof=asof,
         branch=branch,

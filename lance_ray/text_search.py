@@ -21,7 +21,7 @@ from lance_ray.progress import Reporter
 from lance_ray.read import ROW_ID, ReadSpec, finish
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.search import SearchWorkers, ranked_spec, scanner_options_of, search_rows
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 SCORE, RELEVANCE = "_score", "_relevance_score"
 
@@ -113,15 +113,7 @@ def full_text_search(
         raise InvalidArgumentError("query", query, "must name at least one query")
     check_positive("limit", limit)
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     ref = TableRef.fold(uri, address, version=version, asof=asof, branch=branch)
     given = scanner_options_of(scanner_options, prefilter=prefilter, fast_search=fast_search or None)
     scan_options = ScanOptions.fold(
@@ -282,15 +274,7 @@ def hybrid_search(
     """
     fusion = Fusion.fold(limit, candidates, weights, rrf_k)
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     ref = TableRef.fold(uri, address, version=version, asof=asof, branch=branch)
     if not isinstance(nearest, Mapping):
         raise InvalidArgumentError("nearest", nearest, "must be a dict with 'column' and 'q'")

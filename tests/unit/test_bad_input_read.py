@@ -17,9 +17,10 @@ from lance.query import MatchQuery
 
 import lance_ray
 from lance_ray.errors import InvalidArgumentError, LanceRayError, StorageError, TableNotFoundError, VersionNotFoundError
+from tests.leaks import secret, shown
 from tests.tables import numbers, write
 
-SECRET = "sEcReT-0123456789"
+SECRET = secret("a secret of bad input", "sEcReT-0123456789")
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +241,7 @@ def test_an_unreachable_store_is_not_a_missing_table() -> None:
         (T, {"dataset_options": [{"aws_secret_access_key": SECRET}]}),
         (T, {"filter": f"url = 'https://user:{SECRET}@host/x' nonsense"}),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_no_credential_is_in_an_error(root: Path, monkeypatch: Any, uri: str, options: dict[str, Any]) -> None:
     monkeypatch.chdir(root)
