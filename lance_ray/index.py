@@ -185,7 +185,7 @@ def create_index(
     target_partition_size: int | None = None,
     num_sub_vectors: int | None = None,
     sample_rate: int = 256,
-    max_iters: int = 50,
+    max_iters: int | None = None,
     ivf_centroids: Any = None,
     pq_codebook: Any = None,
     rabitq_model: str | None = None,
@@ -230,7 +230,8 @@ def create_index(
         num_sub_vectors: of a code; it must divide the dimension. For ``*_PQ``, by default a sixteenth of the dimension,
             or an eighth.
         sample_rate: vectors that a centroid is trained from.
-        max_iters: iterations of k-means at most.
+        max_iters: iterations of k-means at most; by default 50 for centroids, as in the engine, and for a codebook that
+            segments share 25, where the error of its codes is within 1 % of that after 50.
         ivf_centroids: centroids to use: a matrix, or a fixed-size list array.
         pq_codebook: codes to use, with ``ivf_centroids``.
         rabitq_model: the rotation of ``IVF_RQ``, as JSON.

@@ -66,7 +66,7 @@ class IndexDef:
     target_rows: int | None = None
     sub_vectors: int | None = None
     models: Models = field(default_factory=Models)
-    max_iterations: int = 50
+    max_iterations: int | None = None
     accelerator: Any = None
     sample_rate: int = SAMPLE_RATE
 
@@ -86,7 +86,9 @@ class IndexDef:
             given["target_partition_size"] = self.target_rows
         if self.kind.is_product_quantized:
             given["num_sub_vectors"] = self.sub_vectors
-        given |= {"sample_rate": self.sample_rate, "max_iters": self.max_iterations}
+        given["sample_rate"] = self.sample_rate
+        if self.max_iterations is not None:
+            given["max_iters"] = self.max_iterations
         if self.accelerator is not None:
             given["accelerator"] = self.accelerator
         return given
