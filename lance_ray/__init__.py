@@ -28,8 +28,9 @@ version) and *commit* (one module), and each question has one file:
 ``read``              the worker side of reading
 ``datasource``        ``read_lance`` and Ray's Datasource
 ``write``             the worker side of writing
-``datasink``          ``write_lance`` and Ray's Datasink
-``fragment``          writers and committers made by hand
+``datasink``          Ray's Datasinks: blocks to files, files to one commit
+``writing``           ``write_lance``: a write as tasks, as a stream, or in this process
+``fragment``          writers made by hand
 ``cleanup``           ``cleanup_orphans``
 ``namespaces``        catalogs for users: connect, create, register, list, describe, drop
 ``transforms``        what computes columns: SQL, functions, classes
@@ -49,6 +50,8 @@ version) and *commit* (one module), and each question has one file:
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
+``io``, ``pool``,     lance-ray's modules of these names, for code that imports from them
+``pandas``
 ====================  ==================================================================================
 
 Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connector, unless the environment says
@@ -67,7 +70,7 @@ from lance_ray.compaction import (
     PlannedRewrite,
     compact_files,
 )
-from lance_ray.datasink import WriteReport, write_lance
+from lance_ray.datasink import LanceFragmentCommitter
 from lance_ray.datasource import read_lance
 from lance_ray.errors import (
     CommitConflictError,
@@ -87,7 +90,7 @@ from lance_ray.errors import (
     VersionNotFoundError,
     WorkerEnvironmentError,
 )
-from lance_ray.fragment import LanceFragmentCommitter, LanceFragmentWriter
+from lance_ray.fragment import LanceFragmentWriter
 from lance_ray.health import FragmentHealth, IndexHealth, TableHealth, table_health
 from lance_ray.ledger import CleanupReport
 from lance_ray.lookup import take
@@ -114,6 +117,7 @@ from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, resto
 from lance_ray.search import vector_search
 from lance_ray.stores import AzureConfig, GCSConfig, IOConfig, OSSConfig, S3Config
 from lance_ray.text_search import full_text_search, hybrid_search
+from lance_ray.writing import WriteReport, write_lance
 
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import lance
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
@@ -43,6 +44,19 @@ from lance_ray.table import PinnedTable, TableRef
 logger = logging.getLogger(__name__)
 
 
+_NO_DATASET_OPTIONS = dict.fromkeys(
+    (
+        "version",
+        "asof",
+        "block_size",
+        "index_cache_size_bytes",
+        "metadata_cache_size_bytes",
+        "commit_lock",
+        "default_scan_options",
+    )
+)
+
+
 class LanceDatasource(Datasource):
     """Lance tables as a Ray Datasource: pickles small (no open handle, no manifest), plans by bytes, takes pushdown.
 
@@ -50,11 +64,68 @@ class LanceDatasource(Datasource):
     Those calls are answered from totals; fragments are only looked at, and an index only asked, for the call that runs.
     """
 
-    def __init__(self, specs: Sequence[ReadSpec], plan: PlanOptions) -> None:
+    def __init__(  # noqa: PLR0917 - lance-ray's order
+        self,
+        uri: Any = None,
+        table_id: Sequence[str] | None = None,
+        columns: Sequence[str] | dict[str, str] | None = None,
+        filter: Any = None,
+        storage_options: Any = None,
+        scanner_options: dict[str, Any] | None = None,
+        dataset_options: dict[str, Any] | None = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        fragment_ids: Sequence[int] | None = None,
+        namespace_impl: Any = None,
+        namespace_properties: dict[str, str] | None = None,
+        with_metadata: bool = False,
+    ) -> None:
+        """See :func:`read_lance`. Resolves the version and checks columns and filter at once."""
+        check_flag("with_metadata", with_metadata)
+        version, asof, open_options = fold_dataset_options(dataset_options, **_NO_DATASET_OPTIONS)
+        scan_options = ScanOptions.fold(
+            scanner_options,
+            defaults=open_options.default_scan_options,
+            columns=columns,
+            filter=filter,
+            fragment_ids=fragment_ids,
+            with_row_address=with_metadata,
+            with_fragment_id=with_metadata,
+        )
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        refs = [
+            TableRef.fold(item, address, version=version, asof=asof, open_options=open_options) for item in _uris(uri)
+        ]
+        self._start(_specs([ref.pin() for ref in refs], scan_options), PlanOptions())
+
+    @classmethod
+    def of(cls, specs: Sequence[ReadSpec], plan: PlanOptions) -> LanceDatasource:
+        """The source of reads that are folded and checked already."""
+        source = cls.__new__(cls)
+        source._start(specs, plan)
+        return source
+
+    def _start(self, specs: Sequence[ReadSpec], plan: PlanOptions) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Ray's base class is typed in parts
         self._specs = tuple(specs)
         self._plan = plan
         self._projection_map: dict[str, str] | None = None
+
+    @property
+    def lance_dataset(self) -> lance.LanceDataset:
+        """The table at the version that is read; of several, the first."""
+        return self._specs[0].table.open()
+
+    @property
+    def fragments(self) -> list[lance.LanceFragment]:
+        """The fragments that are read, in table order; of several tables, those of the first."""
+        dataset, wanted = self.lance_dataset, self._specs[0].scan.fragment_ids
+        return [item for item in dataset.get_fragments() if wanted is None or item.fragment_id in wanted]
 
     def get_name(self) -> str:
         """The name that Ray shows for the read: ``ReadLance``."""
@@ -521,7 +592,7 @@ def _uris(uri: Any) -> list[Any]:
 
 def make_datasource(tables: Sequence[PinnedTable], scan_options: ScanOptions, plan: PlanOptions) -> LanceDatasource:
     """The datasource of pinned tables; checks columns and filter against them."""
-    return LanceDatasource(_specs(tables, scan_options), plan)
+    return LanceDatasource.of(_specs(tables, scan_options), plan)
 
 
 def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec]:

@@ -11,10 +11,10 @@ import pyarrow as pa
 from lance_ray import catalog
 from lance_ray.arrow import unify
 from lance_ray.catalog import CatalogClient, LanceRestConfig, NamespaceRef
-from lance_ray.datasink import WriteJob, WriteReport, write_here
 from lance_ray.errors import InvalidArgumentError, TableNotFoundError
 from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.table import TableRef
+from lance_ray.writing import WriteJob, WriteReport, write_here
 
 
 @dataclass(frozen=True, slots=True)

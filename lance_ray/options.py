@@ -342,6 +342,8 @@ class WriteOptions:
     target_bases: Sequence[str] | None = None
     external_blob_mode: str = "reference"
     allow_external_blob_outside_bases: bool = False
+    max_rows_per_group: int | None = None
+    """Of the legacy file format, which alone has groups."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _fold_mode(self.mode))
@@ -353,6 +355,7 @@ class WriteOptions:
         check_positive("min_rows_per_file", self.min_rows_per_file, optional=False)
         check_positive("max_rows_per_file", self.max_rows_per_file, optional=False)
         check_positive("max_bytes_per_file", self.max_bytes_per_file)
+        check_positive("max_rows_per_group", self.max_rows_per_group)
         if self.rows_decide and self.min_rows_per_file > self.max_rows_per_file:
             raise InvalidArgumentError(
                 "min_rows_per_file", self.min_rows_per_file, f"exceeds max_rows_per_file={self.max_rows_per_file}"

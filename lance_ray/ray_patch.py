@@ -10,9 +10,9 @@ from typing import Any
 import ray.data
 from ray.data import Dataset
 
-from lance_ray.datasink import WriteReport, write_lance
 from lance_ray.datasource import read_lance
 from lance_ray.errors import InvalidArgumentError
+from lance_ray.writing import WriteReport, write_lance
 
 SWITCH = "LANCE_RAY_PATCH_RAY_DATA"
 """Environment variable: ``0`` leaves ``ray.data`` alone."""
