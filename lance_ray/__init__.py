@@ -26,6 +26,8 @@ version) and *commit* (one module), and each question has one file:
 ``commit``            the only place that commits: committed, not committed, or unknown
 ``planning``          how scans are cut into tasks (values in, values out)
 ``read``              the worker side of reading
+``blobs``             blob columns as bytes, ranges, handles
+``blob_ingest``       ``ingest_blobs``: payloads from URLs
 ``datasource``        ``read_lance`` and Ray's Datasource
 ``write``             the worker side of writing
 ``datasink``          Ray's Datasinks: blocks to files, files to one commit
@@ -58,6 +60,8 @@ Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connect
 ``LANCE_RAY_PATCH_RAY_DATA=0``; :func:`restore_ray_data` undoes it. It never starts Ray and opens no file.
 """
 
+from lance_ray.blob_ingest import ingest_blobs
+from lance_ray.blobs import BlobHandle, open_blobs
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
@@ -123,6 +127,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AzureConfig",
+    "BlobHandle",
     "ChangeReport",
     "CleanupReport",
     "ColumnsReport",
@@ -179,11 +184,13 @@ __all__ = [
     "full_text_search",
     "get_global_pool",
     "hybrid_search",
+    "ingest_blobs",
     "init_global_pool",
     "list_tables",
     "merge_columns",
     "merge_columns_from",
     "nearest_join",
+    "open_blobs",
     "patch_ray_data",
     "read_lance",
     "register_lance_table_rest",

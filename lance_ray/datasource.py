@@ -19,17 +19,27 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
+from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options
 from lance_ray.memory import keep_freed_memory
-from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
+from lance_ray.options import (
+    PlanOptions,
+    ScanOptions,
+    check_flag,
+    check_positive,
+    default_blobs,
+    fold_dataset_options,
+    fold_seed,
+)
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
 from lance_ray.preflight import check_cluster
 from lance_ray.read import (
     ReadSpec,
     ReadTaskRows,
+    blobs_of,
     bytes_per_row,
     fragment_stats,
     index_answer,
@@ -90,6 +100,7 @@ class LanceDatasource(Datasource):
             fragment_ids=fragment_ids,
             with_row_address=with_metadata,
             with_fragment_id=with_metadata,
+            blobs=default_blobs(scanner_options, "bytes"),
         )
         address = {
             "table_id": table_id,
@@ -249,7 +260,22 @@ def _cached_row_bytes(table: PinnedTable, schema: bytes) -> float:
 
 
 def _row_bytes(spec: ReadSpec) -> float:
-    return _cached_row_bytes(spec.table, spec.output_schema.serialize().to_pybytes())
+    schema, wanted = spec.output_schema, spec.scan.blob_range
+    if not spec.read_blobs:
+        return _cached_row_bytes(spec.table, schema.serialize().to_pybytes())
+    payload = (
+        0.0
+        if spec.scan.blobs == "handles"
+        else sum(mean_bytes(spec.table, column.source, wanted) for column in spec.read_blobs)
+    )
+    return _scanned_row_bytes(spec) + payload
+
+
+def _scanned_row_bytes(spec: ReadSpec) -> float:
+    """Bytes of a row as the scan gives it, blobs as their descriptors."""
+    blobs = {column.path[0] for column in spec.read_blobs}
+    rest = pa.schema([item for item in spec.output_schema if item.name not in blobs])
+    return _cached_row_bytes(spec.table, rest.serialize().to_pybytes()) + 32.0 * len(blobs)
 
 
 def _plan(spec: ReadSpec, cut: Cut) -> list[tuple[ReadTaskRows, ReadTaskPlan]]:
@@ -411,6 +437,9 @@ def read_lance(
     with_metadata: bool = False,
     with_row_id: bool = False,
     with_row_address: bool = False,
+    blobs: str | None = None,
+    blob_range: tuple[int, int] | None = None,
+    blob_batch_bytes: int | None = None,
     fragment_group_size: int | None = None,
     shuffle: bool | int | None = None,
     block_size: int | None = None,
@@ -469,6 +498,12 @@ def read_lance(
         with_metadata: add ``_rowaddr`` and ``_fragid`` (uint64).
         with_row_id: add ``_rowid`` (uint64).
         with_row_address: add ``_rowaddr`` (uint64).
+        blobs: how blob columns come out: ``bytes`` (the default here; ``large_binary``), ``descriptors`` (the default
+            of ``ray.data.read_lance``, as in Ray; structs without any payload) or ``handles``
+            (:class:`lance_ray.BlobHandle` objects, opened where they are used).
+        blob_range: read only these bytes of each blob, as (offset, length); a negative offset counts from the end, and
+            what lies beyond the end is left out.
+        blob_batch_bytes: payload of blobs that a task reads at a time (32 MiB); a larger blob is read by itself.
         fragment_group_size: whole fragments for each task; wins over ``override_num_blocks`` and the planner.
         shuffle: read row ranges in a random order; a number is the seed, which makes the order repeatable.
         block_size: bytes of the smallest I/O request.
@@ -527,6 +562,9 @@ def read_lance(
         with_row_id=with_row_id,
         with_row_address=with_row_address or with_metadata,
         with_fragment_id=with_metadata,
+        blobs=default_blobs(scanner_options, "bytes") if blobs is None else blobs,
+        blob_range=blob_range,
+        blob_batch_bytes=blob_batch_bytes,
     )
     plan = PlanOptions(fragment_group_size, override_num_blocks, fold_seed(shuffle))
     if plan.shuffle_seed is not None and scan_options.is_single_task:
@@ -606,11 +644,16 @@ def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec
         schema = pa.schema([schema.field(name) for name in schema.names], schema.metadata)
     config = DataContext.get_current().lance_config
     retry = RetryPolicy(config.read_fragments_max_attempts, max_delay=config.read_fragments_retry_max_backoff_s)
-    specs = [ReadSpec(table, _present(table, options, tables), schema, retry=retry) for table in tables]
+    present = [_present(table, options, tables) for table in tables]
+    specs = [
+        ReadSpec(table, scan_options, schema, retry=retry, blobs=blobs_of(table, scan_options))
+        for table, scan_options in zip(tables, present, strict=True)
+    ]
     if len(specs) > 1 and _is_counted(options) and not specs[0].has_filter:
         specs = _windows(specs)
     return [
-        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _row_bytes(spec))) for spec in specs
+        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _scanned_row_bytes(spec)))
+        for spec in specs
     ]
 
 

@@ -230,4 +230,4 @@ def test_the_number_of_cached_namespaces_is_set_by_their_environment_variable():
 
 def test_what_is_no_name_of_a_module_is_no_attribute():
     with pytest.raises(AttributeError, match="no_such_name"):
-        importlib.import_module("lance_ray.compaction").no_such_name  # noqa: B018
+        importlib.import_module("lance_ray.compaction").no_such_name  # noqa: B018 - the look is the test
