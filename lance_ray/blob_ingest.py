@@ -83,7 +83,8 @@ def ingest_blobs(
         InvalidArgumentError: before anything starts: a bad argument. While the dataset is consumed: no such column,
             or one without strings.
         StorageError: while the dataset is consumed: a URL cannot be read, after retries of what may pass. The message
-            has the URL without credentials.
+            has the URL without credentials. Ray wraps it in an error of its own, unless
+            ``DataContext.raise_original_map_exception`` is set.
 
     Nothing is written here, so nothing is left behind; the write that consumes the dataset cleans up after itself.
     """
