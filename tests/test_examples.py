@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import lance
@@ -110,6 +109,9 @@ def test_a_token_vector_has_length_one_and_depends_on_the_tokens_alone():
     assert not quickstart.token_vector(b"").any()
 
 
-def test_every_example_is_run_here():
-    imported = {f"{name.removeprefix('examples.')}.py" for name in sys.modules if name.startswith("examples.")}
-    assert {path.name for path in Path(quickstart.__file__ or "").parent.glob("*.py")} == imported
+def test_every_example_is_run_and_listed_in_reading_order():
+    folder = Path(quickstart.__file__ or "").parent
+    tests = "\n".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_examples*.py"))
+    listed = re.findall(r"^\d+\. \[(\w+)\.py\]", (folder / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py"))
+    assert [name for name in listed if not re.search(rf"\b{name}\.main\(|examples/{name}\.py", tests)] == []
