@@ -48,6 +48,10 @@ version) and *commit* (one module), and each question has one file:
 ``nearest_join``      neighbours for each row of a Ray Dataset
 ``lookup``            ``take``: rows by position, row id or key
 ``pools``             workers that stay warm between calls
+``index``             ``create_scalar_index``, ``create_index``
+``index_build``       segments of an index: built and merged on workers, committed, rebuilt where others won
+``index_models``      what segments of a vector index share: trained from samples, read from segments
+``index_upkeep``      ``refresh_index``, ``optimize_indices``, ``list_indices``, ``drop_index``, ``prewarm``
 ``compaction``        ``compact_files`` and its worker side
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
@@ -97,6 +101,17 @@ from lance_ray.errors import (
 )
 from lance_ray.fragment import LanceFragmentWriter
 from lance_ray.health import FragmentHealth, IndexHealth, TableHealth, table_health
+from lance_ray.index import create_index, create_scalar_index
+from lance_ray.index_build import IndexReport
+from lance_ray.index_upkeep import (
+    IndexInfo,
+    PrewarmReport,
+    drop_index,
+    list_indices,
+    optimize_indices,
+    prewarm,
+    refresh_index,
+)
 from lance_ray.ledger import CleanupReport
 from lance_ray.lookup import take
 from lance_ray.maintenance import (
@@ -141,6 +156,8 @@ __all__ = [
     "GCSConfig",
     "IOConfig",
     "IndexHealth",
+    "IndexInfo",
+    "IndexReport",
     "InvalidArgumentError",
     "LanceFragmentCommitter",
     "LanceFragmentWriter",
@@ -149,6 +166,7 @@ __all__ = [
     "OSSConfig",
     "OperationFailedError",
     "PlannedRewrite",
+    "PrewarmReport",
     "RowCoverageError",
     "S3Config",
     "SchemaMismatchError",
@@ -176,24 +194,31 @@ __all__ = [
     "compact_database",
     "compact_files",
     "connect",
+    "create_index",
     "create_lance_table_rest",
+    "create_scalar_index",
     "create_table",
     "delete",
     "describe_table",
     "drop_columns",
+    "drop_index",
     "drop_table",
     "full_text_search",
     "get_global_pool",
     "hybrid_search",
     "ingest_blobs",
     "init_global_pool",
+    "list_indices",
     "list_tables",
     "merge_columns",
     "merge_columns_from",
     "nearest_join",
     "open_blobs",
+    "optimize_indices",
     "patch_ray_data",
+    "prewarm",
     "read_lance",
+    "refresh_index",
     "register_lance_table_rest",
     "register_table",
     "restore",

@@ -223,6 +223,144 @@ def cleanup(
         _print(_plain(report), str(report), as_json)
 
 
+index_app = typer.Typer(
+    help="Build, refresh, merge, drop and list indexes.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(index_app, name="index")
+Name = Annotated[str | None, typer.Option(help="Name of the index.")]
+Segments = Annotated[int | None, typer.Option(help="Segments; decided by the size of the table by default.")]
+
+
+@index_app.command("create")
+def index_create(
+    table: Table = None,
+    *,
+    column: Annotated[str, typer.Option(help="Column; a nested one by its path.")],
+    type_: Annotated[str, typer.Option("--type", help="BTREE, BITMAP, INVERTED, IVF_PQ, IVF_HNSW_SQ, ...")],
+    name: Name = None,
+    replace: Annotated[bool, typer.Option(help="Whether an index of this name may be there already.")] = True,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as metric=cosine or num_partitions=256.")
+    ] = None,
+    num_segments: Segments = None,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Build an index on the workers; it becomes visible in one commit."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        is_vector = type_.upper().startswith("IVF_")
+        build: Callable[..., Any] = lance_ray.create_index if is_vector else lance_ray.create_scalar_index
+        report = build(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            column=column,
+            index_type=type_.upper(),
+            name=name,
+            replace=replace,
+            num_segments=num_segments,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+            **_values("--option", option) or {},
+        )
+        _print(_plain(report), str(report), as_json)
+
+
+@index_app.command("refresh")
+def index_refresh(
+    table: Table = None,
+    *,
+    name: Name = None,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Index the rows that an index (by default each) does not know yet."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        reports: Any = lance_ray.refresh_index(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            name=name,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+        )
+        _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
+
+
+@index_app.command("optimize")
+def index_optimize(
+    table: Table = None,
+    *,
+    name: Name = None,
+    num_segments: Segments = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Build anew, with newly trained models.")] = False,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Take in new rows and merge segments of an index, by default of each."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        reports: Any = lance_ray.optimize_indices(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            indices=None if name is None else [name],
+            num_segments=num_segments,
+            retrain=retrain,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+        )
+        _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
+
+
+@index_app.command("drop")
+def index_drop(
+    table: Table = None,
+    *,
+    name: Annotated[str, typer.Option(help="Name of the index.")],
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Drop an index; older versions keep it."""
+    with _told(as_json):
+        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        version = lance_ray.drop_index(**address, name=name).version
+        _print({"name": name, "version": version}, f"{name}: dropped in version {version}", as_json)
+
+
+@index_app.command("list")
+def index_list(
+    table: Table = None,
+    *,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """List indexes, and how many rows each knows."""
+    with _told(as_json):
+        found = lance_ray.list_indices(**_address(table, storage_option, namespace_impl, namespace_property, table_id))
+        _print(_plain(found), "\n".join(map(str, found)) or "no indexes", as_json)
+
+
 @app.command()
 def search(
     table: Table = None,

@@ -136,6 +136,60 @@ class Append(Operation):
         return additive_changes(self.written, field_identities(dataset))
 
 
+@dataclass(frozen=True)
+class PutIndex(Operation):
+    """Segments of one index put in the place of others of it, as of the version that they were built on.
+
+    The engine carries it over appends, deletes and updates, and takes a fragment whose column was rewritten out of the
+    segments; another index build or a compaction is a conflict. A column that is gone or was cast it does not notice.
+
+    Attributes:
+        column: the id of the indexed field, and its type.
+        segments: what the index has afterwards, beyond what it keeps.
+        replaced: what it has no longer.
+    """
+
+    column: tuple[int, str]
+    segments: Sequence[Any]
+    replaced: Sequence[Any] = ()
+    checked: bool = True
+    """Whether the column must be there; not where an index is taken away because it is not."""
+
+    def base(self, table: PinnedTable) -> lance.LanceDataset:
+        """The version that was built on, so that the engine compares with everything since."""
+        if self.checked:
+            self.check(table.open_latest())
+        return table.open()
+
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - see base()
+        """The engine's change of the list of indexes."""
+        return lance.LanceOperation.CreateIndex(list(self.segments), list(self.replaced))
+
+    def check(self, dataset: lance.LanceDataset) -> None:
+        """Raise SchemaMismatchError if the column is not there any more, or is of another type."""
+        number, kind = self.column
+        now = {identity: text for _, identity, text in field_paths(dataset)}
+        if now.get(number) != kind:
+            raise SchemaMismatchError(
+                f"the indexed column was dropped or cast in {dataset.uri} while the index was built",
+                columns=[str(number)],
+                expected=kind,
+                actual=now.get(number, "no such column"),
+            )
+
+
+def field_paths(dataset: lance.LanceDataset) -> Iterator[tuple[str, int, str]]:
+    """All columns, those in structs and lists too: path, id of the field, type."""
+
+    def below(fields: Iterator[Any] | Sequence[Any], prefix: str) -> Iterator[tuple[str, int, str]]:
+        for item in fields:
+            path = prefix + item.name()
+            yield path, item.id(), str(item.to_arrow().type)
+            yield from below(item.children(), f"{path}.")
+
+    yield from below(dataset.lance_schema.fields(), "")
+
+
 @dataclass(frozen=True, slots=True)
 class FieldIdentity:
     """A top-level column as data files know it: by the ids of the field and of its children."""
@@ -215,6 +269,8 @@ def history(
                 transaction = newest.read_transaction(version)
         except (VersionNotFoundError, TableNotFoundError):
             return  # cleaned up; what is older is gone too
+        except TypeError:  # pylance 14 cannot tell of a compaction that rewrote an index, which is never one of ours
+            continue
         properties = dict(transaction.transaction_properties or {}) if transaction else {}
         if OPERATION_ID in properties:
             yield version, properties

@@ -365,6 +365,8 @@ def translate(
     if isinstance(error, OSError) or "LanceError(IO)" in message or _NO_STORE in message or _NO_OBJECT in message:
         kind = _os_kind(error) or storage_error_kind(message)
         return StorageError(f"{action} {target}: {message}", kind=kind, target=target)
+    if message.startswith("LanceError("):
+        return LanceRayError(f"{action} {target}: {message}")
     return error
 
 

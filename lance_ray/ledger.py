@@ -52,20 +52,35 @@ _THREADS = 16
 _ONCE = RetryPolicy(max_attempts=1)
 # The names that the engine gives to data files; anything else in a ledger is not deleted.
 _DATA_FILE = re.compile(r"[A-Za-z0-9_-]{8,128}\.lance")
+_SEGMENT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+INDICES = "_indices"
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenPath:
-    """One data file: its name, the base that it lies in (None for the table itself), and the folder there."""
+    """One data file: its name, the base that it lies in (None for the table itself), and the folder there.
+
+    Or one segment of an index: its UUID, which is the name of its own folder in :data:`INDICES`.
+    """
 
     name: str
     base: str | None = None
     folder: str = "data"
 
+    @classmethod
+    def segment(cls, uuid: str) -> WrittenPath:
+        """A segment of an index."""
+        return cls(uuid, folder=INDICES)
+
     @property
     def path(self) -> str:
         """Where it lies in its base."""
         return f"{self.folder}/{self.name}" if self.folder else self.name
+
+    @property
+    def is_segment(self) -> bool:
+        """Whether it is the folder of a segment."""
+        return self.folder == INDICES and self.base is None and _SEGMENT.fullmatch(self.name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,7 +451,8 @@ def untracked(table: PinnedTable, files: Iterable[WrittenPath], since: int = 0) 
     names = {file.name for file in found}
     with translate_errors("list the files of", table.uri, secrets=table.secrets):
         for batch in dataset.tracked_files(min_version=since):
-            names.difference_update(str(path).rpartition("/")[2] for path in batch.column("path").to_pylist())
+            for path in batch.column("path").to_pylist():
+                names.difference_update(str(path).split("/"))  # the name of a file, or the folder of a segment
     return tuple(file for file in found if file.name in names)
 
 
@@ -445,14 +461,26 @@ def _path_of(file: WrittenPath) -> str:
 
 
 def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
-    """Delete data files by name, and the folder of blobs that belongs to each. Names of another form are refused."""
+    """Delete data files by name, with the folder of blobs that belongs to each, and segments of indexes.
+
+    Names of another form are refused.
+    """
     by_base: dict[str | None, list[str]] = {}
     for file in files:
-        if not _DATA_FILE.fullmatch(file.name):
-            raise LanceRayError(f"{file.name!r} in the ledger of {table.uri} is not the name of a data file")
+        if not file.is_segment and not _DATA_FILE.fullmatch(file.name):
+            raise LanceRayError(f"{file.name!r} in the ledger of {table.uri} names neither a data file nor a segment")
         by_base.setdefault(file.base, []).append(file.path)
     for base, paths in by_base.items():
         _each(_Store(table, base).delete_data, paths)
+
+
+def trim_segment(table: PinnedTable, uuid: str, files: Sequence[str]) -> None:
+    """Delete what a segment of this job does not consist of: the engine's intermediate files in its folder."""
+    store, folder = _Store(table), WrittenPath.segment(uuid).path
+    kept = {f"{folder}/{name}" for name in files}
+    doomed = [name for name in store.list(folder) if name not in kept]
+    _each(store.delete, doomed)
+    store.prune(*sorted({name.rpartition("/")[0] for name in doomed} - {folder}, reverse=True))
 
 
 class _Store:
@@ -515,11 +543,12 @@ class _Store:
                 raise
 
     def delete_data(self, path: str) -> None:
-        """Delete a data file and the blobs that belong to it."""
-        blobs = path.removesuffix(".lance")
-        for name in (path, *self.list(blobs)):
+        """Delete a data file and the blobs that belong to it, or all files of a segment."""
+        folder = path.removesuffix(".lance")
+        inside = self.list(folder)
+        for name in inside if folder == path else (path, *inside):
             self.delete(name)
-        self.prune(blobs)
+        self.prune(*sorted({name.rpartition("/")[0] for name in inside} - {folder}, reverse=True), folder)
 
     def prune(self, *folders: str) -> None:
         """Remove folders that are empty now; object stores have none."""

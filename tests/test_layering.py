@@ -33,6 +33,7 @@ FORBIDDEN = {
     "vectors.py": {"ray", "lance", "lance_namespace"},
     "nearest.py": {"ray", "lance_namespace"},
     "lookup.py": {"ray", "lance_namespace"},
+    "index_models.py": {"ray", "lance_namespace"},
     "search.py": {"lance_namespace"},
     "runner.py": {"ray", "lance", "lance_namespace"},
     "executors.py": {"lance", "lance_namespace"},

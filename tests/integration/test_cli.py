@@ -106,6 +106,24 @@ def test_search_by_vector_text_and_both(table: str, tmp_path: Path):
     run("search", table, "--vector", f"@{tmp_path}/absent", code=cli.BAD_ARGUMENT)
 
 
+def test_indexes_are_built_listed_refreshed_merged_and_dropped(table: str):
+    assert run("index", "list", table).strip() == "no indexes"
+    made = told("index", "create", table, "--column", "id", "--type", "btree", "--num-segments", "2")
+    assert (made["name"], made["kind"], made["rows"]) == ("id_idx", "BTREE", 20)
+    options = ("--option", "metric=cosine", "--option", "num_partitions=2", "--num-workers", "1")
+    vectors = told("index", "create", table, "--column", "vector", "--type", "IVF_FLAT", "--name", "near", *options)
+    assert vectors["name"] == "near"
+    lance.write_dataset(lance.dataset(table).to_table(), table, mode="append")
+    assert {item["unindexed_rows"] for item in told("index", "list", table)} == {20}
+    assert len(told("index", "refresh", table)) == 2
+    assert {item["unindexed_rows"] for item in told("index", "list", table)} == {0}
+    assert told("index", "optimize", table, "--name", "id_idx", "--num-segments", "1")[0]["segments"] == 1
+    assert told("index", "drop", table, "--name", "near")["version"] == lance.dataset(table).version
+    assert [item["name"] for item in told("index", "list", table)] == ["id_idx"]
+    run("index", "drop", table, "--name", "near", code=cli.BAD_ARGUMENT)
+    run("index", "create", table, "--column", "id", "--type", "nonsense", code=cli.BAD_ARGUMENT)
+
+
 def test_copy_takes_any_format_of_ray_to_lance_and_back(table: str, tmp_path: Path):
     out = str(tmp_path / "out.parquet")
     run("copy", table, out, "--columns", "id,text", "--filter", "id < 4")

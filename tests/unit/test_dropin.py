@@ -108,8 +108,6 @@ LANCE_RAY = {
         "",
     ),
     "pandas.pd_to_arrow": ("df, schema", ""),
-}
-INDEXES = {
     "index.create_scalar_index": (
         "uri=None",
         "column, index_type, table_id=None, name=None, replace=True, train=True, fragment_ids=None, index_uuid=None,"
@@ -128,8 +126,6 @@ INDEXES = {
         "namespace_impl=None, namespace_properties=None",
     ),
 }
-if hasattr(lance_ray, "create_index"):
-    LANCE_RAY |= INDEXES
 
 # None lets the cluster decide the workers (4 raise an error on a cluster of 2 CPUs there), and the width of a row the
 # rows of a batch (1024 of them cost ten times the time where rows are narrow).
@@ -185,9 +181,9 @@ def test_a_call_written_for_lance_ray_is_valid(name):
     "name",
     [
         *("add_columns", "add_columns_from", "clear_global_pool", "compact_database", "compact_files"),
-        *("get_global_pool", "init_global_pool", "LanceFragmentCommitter", "LanceFragmentWriter", "merge_columns_from"),
-        *("read_lance", "set_global_pool", "vector_search", "write_lance"),
-        *(["create_index", "create_scalar_index", "optimize_indices"] if INDEXES.keys() <= LANCE_RAY.keys() else []),
+        *("create_index", "create_scalar_index", "get_global_pool", "init_global_pool", "LanceFragmentCommitter"),
+        *("LanceFragmentWriter", "merge_columns_from", "optimize_indices", "read_lance", "set_global_pool"),
+        *("vector_search", "write_lance"),
     ],
 )
 def test_a_name_exported_there_is_exported_here(name):
@@ -228,6 +224,7 @@ def test_the_number_of_cached_namespaces_is_set_by_their_environment_variable():
     assert done.stdout == "3\n"
 
 
-def test_what_is_no_name_of_a_module_is_no_attribute():
+@pytest.mark.parametrize("module", ["compaction", "index"])
+def test_what_is_no_name_of_a_module_is_no_attribute(module):
     with pytest.raises(AttributeError, match="no_such_name"):
-        importlib.import_module("lance_ray.compaction").no_such_name  # noqa: B018 - the look is the test
+        importlib.import_module(f"lance_ray.{module}").no_such_name  # noqa: B018 - the look is the test
