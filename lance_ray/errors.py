@@ -271,7 +271,10 @@ _VERSION_NOT_FOUND = re.compile(
     r"\.manifest was not found|Ref not found|Ref is invalid|Version .*not found|does not exist", re.DOTALL
 )
 _EXISTS = re.compile(r"Dataset already exists")
-_CONFLICT = re.compile(r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict")
+_CONFLICT = re.compile(
+    r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict"
+    r"|Incompatible transaction"
+)
 _RETRYABLE_CONFLICT = re.compile(r"[Rr]etryable commit conflict|please retry|Too many concurrent")
 _NO_STORE = "No object store provider"
 _NO_OBJECT = "Not found: "

@@ -205,8 +205,8 @@ def write_fragment(
         InvalidArgumentError, TableNotFoundError, StorageError: before anything is written.
         SchemaMismatchError: the rows do not fit.
 
-    The files of a stream that failed half-way, and those that are never committed, are in no ledger:
-    ``lance_ray.cleanup_old_versions`` removes them in time. Nothing conflicts with anything before the commit.
+    The files of a stream that failed half-way, and those that are never committed, are left behind, in no ledger:
+    ``lance_ray.cleanup_old_versions`` removes them in time. Nothing conflicts with what others do before the commit.
     """
     address = {
         "table_id": table_id,

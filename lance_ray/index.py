@@ -243,7 +243,11 @@ def create_index(
             ``shuffle_partition_batches``, ``shuffle_partition_concurrency``, and for graphs ``max_level``, ``m``,
             ``ef_construction``.
 
-    Returns, raises: as :func:`create_scalar_index`.
+    Returns:
+        As :func:`create_scalar_index`.
+
+    Raises:
+        LanceRayError: as :func:`create_scalar_index`; the table is as it was.
     """
     ref = fold_index_ref(uri, locals())
     workers = _Workers(num_workers, num_segments, fragment_ids, index_uuid, ray_remote_args, progress)
