@@ -263,7 +263,7 @@ class _RaySession:
         ended = []
         for stream in _ready(list(self._running), seconds):
             work = self._running[stream]
-            result, error = _fetch(next(stream))
+            result, error = _fetch_next(stream)
             if error is None and work.started is None:
                 work.started = monotonic()
                 continue
@@ -510,6 +510,15 @@ def _ready(waitables: list[Any], seconds: float) -> list[Any]:
         return []
     ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0)
     return ready or ray.wait(waitables, num_returns=1, timeout=seconds)[0]
+
+
+def _fetch_next(stream: Any) -> tuple[Any, BaseException | None]:
+    """The next item of an attempt. One that was cancelled just before its result may end without any."""
+    try:
+        ref = next(stream)
+    except StopIteration:
+        return None, ray.exceptions.TaskCancelledError()
+    return _fetch(ref)
 
 
 def _fetch(ref: Any) -> tuple[Any, BaseException | None]:

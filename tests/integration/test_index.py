@@ -477,13 +477,13 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, act: Any, times: int = 1) -> lis
     return done
 
 
-@pytest.mark.parametrize(
-    "asked", [SCALARS[0], SCALARS[3], SCALARS[5], VECTORS[0], VECTORS[6]], ids=lambda item: item.kind
-)
+RACED = [SCALARS[0], SCALARS[3], SCALARS[5], VECTORS[0], VECTORS[6]]
+
+
+@pytest.mark.parametrize("asked", _quick(RACED, ("BTREE", "id"), ("IVF_FLAT", "l2"), ("IVF_SQ", "l2")))
 def test_a_build_that_raced_a_compaction_covers_the_rows_that_there_are_now(uri, monkeypatch, asked):
     lance.dataset(uri).delete("id >= 1000 AND id < 1400")  # of fragment 2 a part is left, and a compaction takes it
-    act = lambda: lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=500)  # noqa: E731
-    _meanwhile(monkeypatch, act)
+    _meanwhile(monkeypatch, lambda: lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=500))
     report = asked.build(uri, num_segments=4)
     assert report.rebuilt >= 1
     assert indexes.covered(uri, asked.name) == set(lance.dataset(uri).fragment_ids())
