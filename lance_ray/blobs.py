@@ -188,6 +188,11 @@ def _paths(schema: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
             yield from _paths(item.type, path)
 
 
+def has_blobs(schema: pa.Schema) -> bool:
+    """Whether a table has a blob column at any depth."""
+    return any(True for _ in _paths(schema))
+
+
 def blob_columns(dataset: lance.LanceDataset, described: pa.Schema, scan: ScanOptions) -> tuple[BlobColumn, ...]:
     """The blob columns of a scan that shall come out as bytes or handles.
 

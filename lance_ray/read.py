@@ -18,7 +18,7 @@ import pyarrow as pa
 from lance.dataset import serialize_row_addrs
 
 from lance_ray.arrow import row_width
-from lance_ray.blobs import BlobColumn, blob_columns, filled, shown
+from lance_ray.blobs import BlobColumn, blob_columns, filled, has_blobs, shown
 from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
 from lance_ray.options import ScanOptions
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
@@ -191,11 +191,12 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
 
 def blobs_of(table: PinnedTable, scan: ScanOptions) -> tuple[BlobColumn, ...]:
     """The blob columns of a scan that come out as bytes or handles."""
-    if scan.blobs == "descriptors" or scan.is_search:
-        return ()
     dataset = table.open()
+    if scan.blobs == "descriptors" or scan.is_search or not has_blobs(dataset.schema):
+        return ()
     kwargs = ReadSpec(table, scan, pa.schema([])).scanner_kwargs(dataset)
-    return blob_columns(dataset, dataset.scanner(**{**kwargs, "filter": None}).projected_schema, scan)
+    described = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
+    return blob_columns(dataset, described, scan)
 
 
 def _check_columns(dataset: lance.LanceDataset, scan: ScanOptions) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from lance.dataset import ColumnOrdering
 
 import lance_ray
 from lance_ray.blob_ingest import Ingest, fetched
@@ -124,6 +125,8 @@ def test_filters_offsets_and_row_ids_go_with_blobs(table: str):
     assert column(read_here(table, limit=2, offset=2)) == VALUES[2:4]
     assert read_here(table, with_row_id=True, columns=["data"]).schema.names == ["data", "_rowid"]
     assert read_here(table, with_metadata=True).schema.names == ["id", "data", "_rowaddr", "_fragid"]
+    ordered = read_here(table, columns=["data"], scanner_options={"order_by": [ColumnOrdering("id", ascending=False)]})
+    assert column(ordered) == VALUES[::-1]
     assert column(read_here(table, columns={"other": "data", "twice": "id * 2"}), "other") == VALUES
 
 
