@@ -143,9 +143,15 @@ def test_a_job_is_submitted_to_a_cluster(cluster: Cluster, tmp_path: Path):
 
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [RAY, "job", "submit", "--address", cluster.dashboard, "--", *program, *arguments]
-        return subprocess.run(
-            command, env=cluster.environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        deadline = time.monotonic() + 90
+        while True:
+            done = subprocess.run(
+                command, env=cluster.environment, capture_output=True, text=True, timeout=120, check=False
+            )
+            # The dashboard answers before the agent that starts jobs is there.
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
     for _ in range(2):
         done = submit("--table", table, "--rows", "100", "--job-id", "one")

@@ -159,6 +159,16 @@ def test_blobs_inside_structs_come_out_as_bytes(tmp_path: Path):
     assert [handle and handle.read() for handle in handles] == [b"c", None]
 
 
+def test_the_rows_that_a_search_finds_come_with_their_bytes(tmp_path: Path):
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(20, dtype=np.float32)), 4)
+    uri = str(tmp_path / "table")
+    lance.write_dataset(pa.table({"vector": vectors, "data": lance.blob_array(VALUES)}), uri)
+    nearest = {"column": "vector", "q": [12.0, 13, 14, 15], "k": 2}
+    assert column(read_here(uri, nearest=nearest, columns=["data"])) == [VALUES[3], VALUES[2]]
+    described = read_here(uri, nearest=nearest, columns=["data"], blobs="descriptors")
+    assert [item["size"] for item in column(described)] == [100_000, 0]
+
+
 def test_stable_row_ids_do_not_mix_blobs_up(tmp_path: Path):
     uri = str(tmp_path / "table")
     values = [bytes([item]) for item in range(20)]
