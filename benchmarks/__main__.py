@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import columns, compaction, planning, reading, searching, writing
+from benchmarks import columns, compaction, indexing, planning, reading, searching, writing
 from benchmarks.harness import Result, environment, measure, table, warm_object_store
 
 AREAS = {
@@ -22,6 +22,7 @@ AREAS = {
     "compaction": compaction.cases,
     "columns": columns.cases,
     "searching": searching.cases,
+    "indexing": indexing.cases,
 }
 
 

@@ -151,7 +151,7 @@ def recall(folder: Path, scale: float) -> Iterator[Recall]:
     queries = queries_of(uri, 100)
     exact = _ids(vector_search(uri, nearest=_nearest(queries, {"use_index": False}), columns=["id"]))
     for nprobes in (1, 5, 20):
-        for refine in (None, 4, 20):
+        for refine in (None, 4, 20, 100):
             options = {"nprobes": nprobes} | ({} if refine is None else {"refine_factor": refine})
             found = _ids(vector_search(uri, nearest=_nearest(queries, options), columns=["id"]))
             yield Recall(nprobes, refine, sum(len(found[query] & exact[query]) for query in exact) / (K * len(exact)))

@@ -12,7 +12,11 @@ version) and *commit* (one module), and each question has one file:
 ``errors``            the error tree; the only translation of what pylance, namespaces and Ray raise
 ``options``           frozen option groups; every check of an argument that needs no table
 ``stores``            options of object stores, in every form that users write them
+``store_keys``        the table of these options: names, the engine's keys, and what is refused
+``store_values``      how one value changes into the engine's
+``store_options``     whole sets of options by that table
 ``catalog``           the only place that talks to namespaces
+``plugins``           what implementations of namespaces do each in their own way, and what their errors mean
 ``table``             which table: asked for, resolved, about to be written; the only place that opens
 ``arrow``             blocks to Arrow, one schema, alignment by name and type
 ``predicates``        Ray expressions to Lance SQL, where both mean the same

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import os
 import pickle
 import queue
@@ -21,18 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lance_namespace
-from lance_namespace import errors as namespace_errors
 
+from lance_ray import plugins
 from lance_ray.errors import (
     InvalidArgumentError,
     LanceRayError,
     StorageError,
-    StorageErrorKind,
-    TableExistsError,
-    TableNotFoundError,
     UnsupportedCallError,
     redact,
-    storage_error_kind,
 )
 from lance_ray.options import Pairs, pairs
 
@@ -42,10 +37,6 @@ CALL_SECONDS = 120.0
 EXPIRES, REFRESH_OFFSET = "expires_at_millis", "refresh_offset_millis"
 
 _CACHE_SIZE = int(os.environ.get("LANCE_RAY_NAMESPACE_CACHE_SIZE", "16"))
-_PACKAGES = {
-    **dict.fromkeys(("glue", "hive2", "hive3", "iceberg", "polaris", "unity"), "lance_namespace_impls"),
-    "dlf": "lance_dlf",
-}
 _SECRET_KEY = re.compile(r"key|secret|token|password|credential|auth|header|sas|signature", re.IGNORECASE)
 
 
@@ -155,21 +146,8 @@ def _client(ref: NamespaceRef) -> CatalogClient:
 
 
 def _connect(ref: NamespaceRef) -> Any:
-    package = _PACKAGES.get(ref.impl)
-    if package is not None:
-        try:
-            importlib.import_module(package)  # which registers its implementations
-        except ImportError:
-            raise InvalidArgumentError(
-                "namespace_impl", ref.impl, f"needs the package {package!r}: pip install 'lance-ray[{ref.impl}]'"
-            ) from None
-    try:
-        return lance_namespace.connect(ref.impl, dict(ref.properties))
-    except Exception as error:  # noqa: BLE001  # implementations raise what they like while they connect
-        message = redact(str(error), ref.secrets)
-        if storage_error_kind(message) == "unreachable":
-            raise StorageError(f"connect to {ref.impl}: {message}", kind="unreachable", target=ref.impl) from None
-        raise InvalidArgumentError("namespace_impl", ref.impl, f"cannot be connected: {message}") from None
+    what = f"connect to {ref.impl}"
+    return _within(lambda: plugins.connect(ref.impl, dict(ref.properties), ref.secrets), ref.timeout, what)
 
 
 class CatalogClient(lance_namespace.LanceNamespace):
@@ -182,12 +160,21 @@ class CatalogClient(lance_namespace.LanceNamespace):
         self.ref = ref
         self._inner = inner
         self._lock = threading.Lock()
+        self._asking: dict[tuple[str, ...], threading.Lock] = {}
         self._described: dict[tuple[str, ...], _Described] = {}
 
     @property
     def is_native(self) -> bool:
         """Whether it is the engine's own, which understands what the engine sends."""
         return type(self._inner).__module__.partition(".")[0] == "lance"
+
+    @property
+    def lister(self) -> Callable[[list[str]], list[str]] | None:
+        """Lists all tables of a namespace, where the implementation itself would lose some."""
+        call = plugins.lister(self._inner)
+        if call is None:
+            return None
+        return lambda database: _within(lambda: call(database), self.ref.timeout, f"list_tables of {self.ref.impl}")
 
     def namespace_id(self) -> str:
         """Tells this client from one with other credentials, which the engine must not mix up."""
@@ -198,7 +185,9 @@ class CatalogClient(lance_namespace.LanceNamespace):
         """What the namespace says of a table; the last answer as long as its credentials last."""
         asked = _as_request("describe_table", request)
         key = (*asked.id, str(asked.version or ""))
-        with self._lock:  # one question for all that wait for the same answer
+        with self._lock:
+            asking = self._asking.setdefault(key, threading.Lock())
+        with asking:  # one question for all that wait for the same answer; other tables do not wait
             known = self._described.get(key)
             if known is None or not known.is_fresh():
                 known = self._described[key] = self._ask(asked)
@@ -208,8 +197,7 @@ class CatalogClient(lance_namespace.LanceNamespace):
         """An answer of now, for what is decided by it. Raises what the implementation raises."""
         answer = self._within(method, request)
         if method == "describe_table":
-            with self._lock:
-                self._described[*request.id, str(request.version or "")] = _Described(answer, None)
+            self._described[*request.id, str(request.version or "")] = _Described(answer, None)
         return answer
 
     def _ask(self, request: Any) -> _Described:
@@ -219,7 +207,7 @@ class CatalogClient(lance_namespace.LanceNamespace):
             return _Described(None, RuntimeError(redact(f"{type(error).__name__}: {error}", self.ref.secrets)))
 
     def _within(self, method: str, request: Any) -> Any:
-        call = getattr(self._inner, method)
+        call = getattr(plugins.for_one_call(self._inner), method)
         return _within(lambda: call(request), self.ref.timeout, f"{method} of {self.ref.impl}")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -362,10 +350,13 @@ def list_tables(ref: NamespaceRef, database: tuple[str, ...]) -> list[tuple[str,
     Raises:
         StorageError: it did not answer, or refused, or there is no such namespace.
     """
+    client = ref.client()
+    pages = None if client is None else client.lister
+    if pages is not None:
+        return [(*database, name) for name in _asked(ref, database, "list_tables", lambda: pages(list(database)))]
     found: list[tuple[str, ...]] = []
     token = None
     # Others find out what is only declared by opening each table, without its credentials.
-    client = ref.client()
     declared = client is None or not client.is_native
     while True:
         request = lance_namespace.ListTablesRequest(id=list(database), page_token=token, include_declared=declared)
@@ -400,66 +391,18 @@ def _location(ref: NamespaceRef, response: Any) -> TableLocation:
     return TableLocation(response.location, tuple(sorted(options.items())) or None, managed)
 
 
-_KINDS: tuple[tuple[type[Exception], StorageErrorKind], ...] = (
-    (namespace_errors.PermissionDeniedError, "denied"),
-    (namespace_errors.UnauthenticatedError, "denied"),
-    (namespace_errors.ThrottlingError, "transient"),
-    (namespace_errors.ServiceUnavailableError, "transient"),
-    (namespace_errors.NamespaceNotFoundError, "missing"),
-)
-# Plugins raise by text, or by types of their own: these are the only places where either decides.
-_NOT_FOUND = re.compile(r"^Table (?:does not exist|\[?.*\]? does not exist)|^Table not found", re.IGNORECASE)
-_ALREADY = re.compile(r"^Table (?:already exists|\[?.*\]? already exists)", re.IGNORECASE)
-_HTTP_STATUS = re.compile(r"status=(\d{3})")
-_STATUS_KINDS: dict[str, StorageErrorKind] = {"401": "denied", "403": "denied", "404": "missing", "429": "transient"}
-
-
 def _call(ref: NamespaceRef, table_id: tuple[str, ...], method: str, request: Any) -> Any:
-    target = f"{ref.impl} namespace table {'.'.join(table_id)}"
     client = ref.client()
     if client is None:
         raise InvalidArgumentError("namespace_impl", ref.impl, "this connected object cannot be used on workers")
+    return _asked(ref, table_id, method, lambda: client.fresh(method, request))
+
+
+def _asked(ref: NamespaceRef, table_id: tuple[str, ...], method: str, call: Callable[[], Any]) -> Any:
+    target = f"{ref.impl} namespace {'' if method == 'list_tables' else 'table '}{'.'.join(table_id)}"
     try:
-        return client.fresh(method, request)
+        return call()
     except LanceRayError:
         raise
     except Exception as error:  # noqa: BLE001  # implementations raise what their client library raises
-        raise _translated(error, ref, table_id, f"{method} of {target}") from None
-
-
-def _translated(error: Exception, ref: NamespaceRef, table_id: tuple[str, ...], what: str) -> LanceRayError:
-    message, name = redact(str(error), ref.secrets), type(error).__name__
-    target = f"{ref.impl} namespace table {'.'.join(table_id)}"
-    if isinstance(error, namespace_errors.TableNotFoundError) or name == "TableNotFoundException":
-        return TableNotFoundError(target)
-    if isinstance(error, namespace_errors.TableAlreadyExistsError) or name == "TableAlreadyExistsException":
-        return TableExistsError(target)
-    if isinstance(error, namespace_errors.NamespaceNotFoundError) and what.startswith("describe_table"):
-        return TableNotFoundError(target)  # where there is no namespace, there is no table
-    if isinstance(error, (namespace_errors.UnsupportedOperationError, NotImplementedError)):
-        return UnsupportedCallError(f"{what}: {message}")
-    if isinstance(error, namespace_errors.InvalidInputError) or name == "InvalidInputException":
-        return InvalidArgumentError("table_id", list(table_id), message)
-    untyped = isinstance(error, (RuntimeError, ValueError)) and not isinstance(
-        error, namespace_errors.LanceNamespaceError
-    )
-    if untyped and _NOT_FOUND.search(message):
-        return TableNotFoundError(target)
-    if untyped and _ALREADY.search(message):
-        return TableExistsError(target)
-    if untyped and "identifier must have" in message:
-        return InvalidArgumentError("table_id", list(table_id), message)
-    return StorageError(f"{what}: {message}", kind=_kind_of(error, message), target=target)
-
-
-def _kind_of(error: Exception, message: str) -> StorageErrorKind:
-    """Whatever it is, the catalog did not do its part."""
-    if storage_error_kind(message) == "unreachable":  # a refused connection is "unavailable" too
-        return "unreachable"
-    kinds: list[StorageErrorKind] = [kind for cls, kind in _KINDS if isinstance(error, cls)]
-    if not kinds and storage_error_kind(message) == "denied":
-        kinds = ["denied"]
-    status = _HTTP_STATUS.search(message)
-    if status is not None and not kinds:
-        kinds = [_STATUS_KINDS.get(status[1], "transient" if status[1].startswith("5") else "other")]
-    return kinds[0] if kinds else "unreachable"
+        raise plugins.translated(error, table_id, f"{method} of {target}", target, ref.secrets) from None

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError, translate_errors
-from lance_ray.table import PinnedTable, TableRef, newest
+from lance_ray.table import PinnedTable, TableRef, address_of, newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,19 +235,8 @@ def _refuse_taken_names(schema: pa.Schema, alterations: Sequence[Mapping[str, An
             raise InvalidArgumentError("name", name, f"the table has such a column already: {paths}")
 
 
-_ADDRESS = (
-    "table_id",
-    "namespace_impl",
-    "namespace_properties",
-    "storage_options",
-    "base_store_params",
-    "rest_config",
-    "io_config",
-)
-
-
 def _newest(uri: Any, given: Mapping[str, Any]) -> tuple[PinnedTable, TableRef]:
-    ref = TableRef.fold(uri, {name: given[name] for name in _ADDRESS})
+    ref = TableRef.fold(uri, address_of(given))
     return newest(ref.pin()), ref
 
 

@@ -10,7 +10,7 @@ from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import TableNotFoundError
 from lance_ray.ledger import CleanupReport, cleanup_jobs
 from lance_ray.options import check_flag
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 
 def cleanup_orphans(
@@ -49,18 +49,7 @@ def cleanup_orphans(
         InvalidArgumentError, StorageError: nothing more is removed; calling again goes on.
     """
     check_flag("dry_run", dry_run)
-    ref = TableRef.fold(
-        uri,
-        {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        },
-    )
+    ref = TableRef.fold(uri, address_of(locals()))
     table = ref.unpinned()
 
     def landed(job_id: str, since: int) -> bool:

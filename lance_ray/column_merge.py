@@ -69,7 +69,7 @@ from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.retry import RetryPolicy, is_interruption
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, address_of
 from lance_ray.transforms import BatchFormat, fold_transform
 
 _FRAGMENT, _ADDRESS, _KEY = "__lance_ray_fragment", "__lance_ray_address", "__lance_ray_key"
@@ -169,15 +169,7 @@ def merge_columns_from(
         SnapshotChangedError: others appended rows (with full coverage), or changed fragments that have new values.
         LanceRayError: as for :func:`lance_ray.add_columns`. The table is as it was.
     """
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     options = MergeOptions.fold(
         on,
         ColumnWorkers.fold(concurrency, ray_remote_args),
@@ -239,15 +231,7 @@ def add_columns_from(
     )
     if isinstance(folded, pa.Schema):
         raise InvalidArgumentError("transform", folded.names, "columns of nulls are what add_columns() is for")
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     job = fold_job(
         "add_columns",
         TableRef.fold(uri, address, version=read_version).pin(),

@@ -47,7 +47,7 @@ from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.runner import RunOptions, run_tasks
-from lance_ray.table import PinnedTable, TableRef, newest
+from lance_ray.table import PinnedTable, TableRef, address_of, newest
 from lance_ray.transforms import (
     Appending,
     BatchFormat,
@@ -260,15 +260,7 @@ def add_columns(
         setup=(fn_constructor_args, fn_constructor_kwargs),
         version=transform_version,
     )
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     table = TableRef.fold(uri, address, version=read_version).pin()
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     if isinstance(folded, pa.Schema):
@@ -392,15 +384,7 @@ def update_columns(
 
     if (ds is None) == (transform is None):
         raise InvalidArgumentError("transform", transform, "give either a transform or ds")
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     table = TableRef.fold(uri, address, version=read_version).pin()
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     workers = ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -44,7 +44,7 @@ from lance_ray.planning.compaction import DEFAULT_TARGET_ROWS, Budget, CommitCad
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter, check_progress
 from lance_ray.runner import RunOptions, TaskOutcome, run_tasks
-from lance_ray.table import PinnedTable, TableRef, newest
+from lance_ray.table import PinnedTable, TableRef, address_of, newest
 
 logger = logging.getLogger(__name__)
 
@@ -268,15 +268,7 @@ def compact_files(
     job = fold_job(
         fold_ref(
             uri,
-            {
-                "table_id": table_id,
-                "namespace_impl": namespace_impl,
-                "namespace_properties": namespace_properties,
-                "rest_config": rest_config,
-                "io_config": io_config,
-                "storage_options": storage_options,
-                "base_store_params": base_store_params,
-            },
+            address_of(locals()),
             version=version,
             asof=asof,
             block_size=block_size,

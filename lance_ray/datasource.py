@@ -22,7 +22,7 @@ from lance_ray.arrow import row_width, unify
 from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_ray_options
+from lance_ray.executors import check_ray_options, check_sendable
 from lance_ray.memory import keep_freed_memory
 from lance_ray.options import (
     PlanOptions,
@@ -49,7 +49,7 @@ from lance_ray.read import (
 )
 from lance_ray.retry import RetryPolicy
 from lance_ray.search import SearchWorkers, search_rows, with_search_options
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, address_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,15 +157,25 @@ class LanceDatasource(Datasource):
         return not any(spec.scan.refuses_predicates for spec in self._specs)
 
     def apply_projection(self, projection_map: dict[str, str] | None) -> LanceDatasource:
-        """The same source for these columns of the present ones (values of the map are ignored, as Ray wants it)."""
+        """The same source for these columns of the present ones (values of the map are ignored, as Ray wants it).
+
+        Raises:
+            InvalidArgumentError: a column that the read does not have.
+        """
         clone = copy.copy(self)
         clone._projection_map = self._combine_projection_map(self._projection_map, projection_map)
         projection = None if clone._projection_map is None else tuple(clone._projection_map)
+        _check_known("columns", projection or (), self._specs[0].schema)
         clone._specs = tuple(dataclasses.replace(spec, projection=projection) for spec in self._specs)
         return clone
 
     def apply_predicate(self, predicate_expr: Expr) -> LanceDatasource:
-        """The same source with a filter, or this very object when none of it can be decided by Lance."""
+        """The same source with a filter, or this very object when none of it can be decided by Lance.
+
+        Raises:
+            InvalidArgumentError: a column that the read does not have, or that was not selected from it.
+        """
+        _check_known("expr", columns_of(predicate_expr), self._specs[0].output_schema)
         specs = [_with_predicate(spec, predicate_expr) for spec in self._specs]
         if any(spec is None for spec in specs):
             return self
@@ -388,6 +398,12 @@ def _read_task(
     return ReadTask(read, metadata, schema=spec.output_schema, per_task_row_limit=limit)
 
 
+def _check_known(parameter: str, names: Iterable[str], schema: pa.Schema) -> None:
+    unknown = [name for name in names if name not in schema.names]
+    if unknown:
+        raise InvalidArgumentError(parameter, unknown, f"are not columns of the dataset, which has {schema.names}")
+
+
 def _with_predicate(spec: ReadSpec, predicate: Expr) -> ReadSpec | None:
     """The read with a filter pushed into it, or None when Ray had better filter by itself."""
     if spec.filter is not None and not isinstance(spec.filter, str):
@@ -470,7 +486,8 @@ def read_lance(
         table_id: the table's name in a namespace, with ``namespace_impl``.
         columns: names to read, or a dict of name to SQL expression. Metadata columns (``_rowid``, ``_rowaddr``,
             ``_row_created_at_version``, ``_row_last_updated_at_version``) may be named too.
-        filter: SQL text or a pyarrow expression, with Lance's meaning.
+        filter: SQL text or a pyarrow expression, with Lance's meaning; for a search also a query, as
+            ``full_text_query`` takes it.
         version: a version number or a tag; the newest by default.
         asof: the newest version that existed at this time, inclusive (datetime or ISO string; naive means local).
         branch: the branch to read.
@@ -479,8 +496,9 @@ def read_lance(
         nearest: read only the rows nearest to a vector, nearest first, with their ``_distance``: see
             :func:`lance_ray.vector_search`. One block with exactly the k nearest of the whole table comes out, however
             many tasks find them; nothing is searched before the dataset is consumed.
-        full_text_query: read only the rows that match a text, best first, with their ``_score``: text, one of
-            ``lance.query``, or a dict of ``query`` and ``columns``. ``limit`` says how many.
+        full_text_query: read only the rows that match a text, best first, with their ``_score``: text, a dict of
+            ``query`` and ``columns``, or ``functools.partial(MatchQuery, ...)`` or another function that makes one of
+            ``lance.query`` (these themselves cannot be sent to workers). ``limit`` says how many.
         prefilter: whether ``filter`` comes before the ranking of ``nearest`` and ``full_text_query`` (the default), or
             removes rows from its result.
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes;
@@ -566,6 +584,8 @@ def read_lance(
         blob_range=blob_range,
         blob_batch_bytes=blob_batch_bytes,
     )
+    check_sendable("full_text_query", scan_options.scanner.get("full_text_query"))
+    check_sendable("filter", scan_options.filter)
     plan = PlanOptions(fragment_group_size, override_num_blocks, fold_seed(shuffle))
     if plan.shuffle_seed is not None and scan_options.is_single_task:
         raise InvalidArgumentError("shuffle", shuffle, "cannot be combined with order_by, nearest or full text")
@@ -582,15 +602,7 @@ def read_lance(
         "runtime_env": runtime_env,
     }
     _check_remote_args(ray_remote_args, named)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     refs = [
         TableRef.fold(item, address, version=version, asof=asof, branch=branch, open_options=open_options)
         for item in _uris(uri)

@@ -18,9 +18,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import ray
+from ray import cloudpickle
 from ray import exceptions as ray_errors
 
-from lance_ray.errors import InvalidArgumentError, redact
+from lance_ray.errors import InvalidArgumentError, WorkerEnvironmentError, redact
 from lance_ray.memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -57,6 +58,19 @@ def check_ray_options(args: Any, parameter: str = "ray_remote_args") -> None:
     except (TypeError, ValueError) as error:
         shown = sorted(map(str, args)) if parameter == "ray_remote_args" else args[parameter]
         raise InvalidArgumentError(parameter, shown, str(error)) from None
+
+
+def check_sendable(parameter: str, query: Any) -> None:
+    """Refuse a query that cannot be sent to other processes, now and not when the first task starts.
+
+    Raises:
+        InvalidArgumentError: it holds a query object of ``lance.query``, which cannot be asked what it is made of.
+    """
+    try:
+        cloudpickle.dumps(query)
+    except Exception as error:  # whatever pickling raises, it would raise for the task, too
+        ways = "give text, a dict, or what makes the query: functools.partial(MatchQuery, ...) or a function"
+        raise InvalidArgumentError(parameter, type(query).__name__, f"cannot be sent to workers; {ways}") from error
 
 
 def checked_ray_args(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,6 +339,24 @@ class ActorExecutor:
         idle, self._idle = self._idle, []
         return _ActorSession(self, fn, self._shipped[1], idle)
 
+    def fill(self, seconds: float) -> None:
+        """Start the actors that are missing, as far as the cluster has room for them within so many seconds."""
+        _connect()
+        make: Any = ray.remote(_Actor).options(**self.actor_options)
+        started = [make.remote() for _ in range(self.size - len(self._idle))]
+        ready = {actor.__ray_ready__.remote(): actor for actor in started}
+        deadline = monotonic() + seconds
+        while ready and (done := _ready(list(ready), max(0.0, deadline - monotonic()))):
+            for ref in done:
+                actor = ready.pop(ref)
+                if _fetch(ref)[1] is None:
+                    self._idle.append(actor)
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """What Ray is told about each actor."""
+        return {**self.ray_remote_args, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
+
     def keep(self, actors: Sequence[Any]) -> None:
         """Take back actors after a run; those beyond ``size`` end with their last reference."""
         self._idle = [*self._idle, *actors][: self.size]
@@ -360,8 +392,7 @@ class _Actor:
 
 class _ActorSession:
     def __init__(self, executor: ActorExecutor, fn: Worker[Any, Any], shipped: Any, idle: list[Any]) -> None:
-        options = {**executor.ray_remote_args, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-        self._remote: Any = ray.remote(_Actor).options(**options)
+        self._remote: Any = ray.remote(_Actor).options(**executor.actor_options)
         self._executor, self._fn, self._shipped = executor, fn, shipped
         self._idle = idle
         self._starting: dict[Any, Any] = {}  # the reference that is ready when the actor is, and the actor
@@ -430,19 +461,29 @@ class _ActorSession:
 class PoolExecutor:
     """Runs tasks in a ``ray.util.multiprocessing.Pool`` of the caller, which stays open.
 
-    A task in a pool cannot be stopped: one that is cancelled and still runs is abandoned, and its result dropped. A
-    pool does not tell when its processes die; the task that one ran does not end, and is for ``task_timeout``.
+    A process that dies costs the task that it ran an attempt, and is replaced, which the pool itself does not do. A
+    task in a pool cannot be stopped: one that is cancelled and still runs is abandoned, and its result dropped. Nor
+    does a pool say whether a task has begun; one that gives no result at all for ``silent_seconds`` (it waits for room
+    in the cluster, say) ends what it was given with a WorkerEnvironmentError.
 
     Args:
         pool: anything with ``apply_async`` whose results have ``ready`` and ``get``.
+        silent_seconds: how long to wait for the next result of any task.
+
+    Raises:
+        InvalidArgumentError: the pool lets Ray repeat for ever what kills its process.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, silent_seconds: float = 3600.0) -> None:
+        given = getattr(pool, "_ray_remote_args", None)
+        if isinstance(given, Mapping) and given.get("max_task_retries", 0) < 0:
+            raise InvalidArgumentError("pool", "max_task_retries=-1", "a task that ends its process would never end")
         self.pool = pool
+        self.silent_seconds = silent_seconds
 
     def open(self, fn: Worker[Any, Any], shared: object) -> Session:
         """A session over the pool."""
-        return _PoolSession(self.pool, fn, shared)
+        return _PoolSession(self, fn, shared)
 
 
 def _run_in_pool(shipped: Sequence[Any], task: Any) -> Any:
@@ -451,14 +492,27 @@ def _run_in_pool(shipped: Sequence[Any], task: Any) -> Any:
     return _call(fn, shared, task)
 
 
+def _replace_dead(pool: Any) -> None:
+    """Give a pool of Ray's own new processes for those that died, to which it would go on giving tasks."""
+    actors, start = getattr(pool, "_actor_pool", None), getattr(pool, "_new_actor_entry", None)
+    if not isinstance(actors, list) or start is None:
+        return
+    pings = [actor.ping.remote() for actor, _ in actors]
+    answered, _ = ray.wait(pings, num_returns=len(pings), timeout=1.0)  # those that are busy do not answer
+    for place, ping in enumerate(pings):
+        if ping in answered and isinstance(_fetch(ping)[1], ray_errors.ActorDiedError):
+            actors[place] = start()
+
+
 class _PoolSession:
     _POLL_SECONDS = 0.002
 
-    def __init__(self, pool: Any, fn: Worker[Any, Any], shared: object) -> None:
+    def __init__(self, executor: PoolExecutor, fn: Worker[Any, Any], shared: object) -> None:
         _connect()
-        self._pool = pool
+        self._pool, self._silent_seconds = executor.pool, executor.silent_seconds
         self._shipped = [ray.put((fn, shared))]
         self._running: dict[Work, Any] = {}
+        self._heard = monotonic()
 
     def capacity(self, asked: int | None) -> int:
         size = next((count for name in _POOL_SIZES if isinstance(count := getattr(self._pool, name, None), int)), None)
@@ -466,15 +520,32 @@ class _PoolSession:
 
     def submit(self, work: Work) -> None:
         work.started = monotonic()
+        if not self._running:
+            self._heard = work.started
         self._running[work] = self._pool.apply_async(_run_in_pool, (self._shipped, work.task))
 
     def wait(self, seconds: float) -> list[Work]:
         deadline = monotonic() + seconds
         while not (ready := [work for work, result in self._running.items() if result.ready()]):
+            if self._running and monotonic() - self._heard >= self._silent_seconds:
+                return self._give_up()
             if not self._running or monotonic() >= deadline:
                 return []
             sleep(self._POLL_SECONDS)
-        return [self._finish(work) for work in ready]
+        self._heard = monotonic()
+        ended = [self._finish(work) for work in ready]
+        if any(isinstance(work.error, ray_errors.ActorDiedError) for work in ended):
+            _replace_dead(self._pool)
+        return ended
+
+    def _give_up(self) -> list[Work]:
+        ended = list(self._running)
+        self._running.clear()
+        for work in ended:
+            work.error = WorkerEnvironmentError(
+                [f"the pool has given no result for {self._silent_seconds:g} s; WarmWorkers have no such limit"]
+            )
+        return ended
 
     def _finish(self, work: Work) -> Work:
         result = self._running.pop(work)

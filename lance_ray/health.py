@@ -21,7 +21,7 @@ from lance_ray.compaction import (
 )
 from lance_ray.errors import UnsupportedVersionError, translate_errors
 from lance_ray.planning.compaction import Budget
-from lance_ray.table import PinnedTable
+from lance_ray.table import PinnedTable, address_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +177,7 @@ def table_health(
     Raises:
         InvalidArgumentError, TableNotFoundError, VersionNotFoundError, StorageError: as for reading.
     """
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     engine = fold_engine_options(compaction_options)
     job = fold_job(
         fold_ref(uri, address, version=version, asof=asof),

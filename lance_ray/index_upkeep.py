@@ -16,7 +16,7 @@ from lance.dataset import Index
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import CommitConflictError, InvalidArgumentError, translate_errors
-from lance_ray.executors import check_ray_options, checked_ray_args
+from lance_ray.executors import ActorExecutor, check_ray_options, checked_ray_args
 from lance_ray.index import dataset_at, fold_commit, fold_index_ref, report_of, settled
 from lance_ray.index_build import (
     Build,
@@ -47,6 +47,7 @@ from lance_ray.table import PinnedTable, TableRef, newest
 _INTERNAL = "__lance_"
 _UNKNOWN_TO_BUILD = ("lance_tokenizer", "signature_version")
 _PREWARM_ROUNDS = 3
+_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +341,8 @@ def prewarm(
     pool = get_global_pool() if pool is None else pool
     if pool is not None:
         executor = executor_of(pool)
+        if isinstance(executor, ActorExecutor):
+            executor.fill(_START_SECONDS)
         workers = int(getattr(pool, "processes", None) or getattr(pool, "_processes", None) or 1)
         warmed: set[str] = set()
         for _ in range(_PREWARM_ROUNDS):

@@ -24,7 +24,7 @@ from lance_ray.read import ROW_ID, ReadSpec, finish, fragment_stats, table_schem
 from lance_ray.retry import is_interruption
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.search import SearchWorkers
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 _EXAMPLES = 5
 _TASK_ROWS = 16384
@@ -113,15 +113,7 @@ def take(
     if missing not in ("error", "null", "skip"):
         raise InvalidArgumentError("missing", missing, "must be 'error', 'null' or 'skip'")
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
     scan_options = ScanOptions.fold(None, columns=columns)
     spec = ReadSpec(table, scan_options, table_schema(table, scan_options))

@@ -39,7 +39,7 @@ from lance_ray.namespaces import connect
 from lance_ray.options import check_flag, check_positive
 from lance_ray.planning.compaction import Budget
 from lance_ray.progress import Progress, Reporter, reporter_for
-from lance_ray.table import PinnedTable, TableRef, newest
+from lance_ray.table import PinnedTable, TableRef, address_of, newest
 
 logger = logging.getLogger(__name__)
 
@@ -127,16 +127,7 @@ def cleanup_old_versions(
     if older_than is not None and not (isinstance(older_than, dt.timedelta) and older_than >= dt.timedelta(0)):
         raise InvalidArgumentError("older_than", older_than, "must be a timedelta, not negative")
     wanted = _fold_versions(versions)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
-    ref = TableRef.fold(uri, address)
+    ref = TableRef.fold(uri, address_of(locals()))
     table = newest(ref.pin())  # an opened dataset may show an old version
     if delete_unverified:
         _refuse_beside_jobs(table, ref.target)

@@ -34,6 +34,27 @@ MATRIX_QUERIES = 4
 _RESCORED_QUERIES = 64
 """Queries whose candidates the engine decides between at a time: each is compared with those of all of them."""
 
+_REFINED_PAIRS, _REFINED_ROWS = 640, 160
+"""Refining many queries together, each query is compared with the candidates of as many others as fit the first number;
+more candidates for each query than the second leave it to the engine."""
+
+_REFINED_TIES = 16
+"""So many more candidates are asked for: of equally near ones the engine takes others for one query than for many."""
+
+_REFINED_OPTIONS = frozenset(
+    {
+        "metric",
+        "use_index",
+        "query_parallelism",
+        "approx_mode",
+        "search_effort",
+        "nprobes",
+        "minimum_nprobes",
+        "maximum_nprobes",
+        "ef",
+        "refine_factor",
+    }
+)
 _MATRIX_OPTIONS = frozenset({"metric", "use_index", "query_parallelism", "approx_mode", "search_effort"})
 
 
@@ -168,6 +189,10 @@ def _ask(
 
 
 def _indexed(dataset: lance.LanceDataset, spec: NearestSpec, queries: np.ndarray, shard: Shard) -> Found:
+    if _can_refine_together(spec, len(queries)):
+        starts = range(0, len(queries), _RESCORED_QUERIES)
+        refined = (_refined(dataset, spec, queries[at : at + _RESCORED_QUERIES], shard).after(at) for at in starts)
+        return nearest_of(refined, spec.k)
     found = _ask(dataset, spec, queries, index_segments=list(shard.segments))
     assert spec.index is not None  # noqa: S101 - segments come from it
     # Even an index that keeps whole vectors rounds their distances in its own way.
@@ -177,6 +202,52 @@ def _indexed(dataset: lance.LanceDataset, spec: NearestSpec, queries: np.ndarray
     parts = range(0, len(queries), _RESCORED_QUERIES)
     chosen = [(at, found.row_id[(found.query >= at) & (found.query < at + _RESCORED_QUERIES)]) for at in parts]
     return _rescored(dataset, spec, queries, chosen)
+
+
+def _can_refine_together(spec: NearestSpec, queries: int) -> bool:
+    factor = spec.options.get("refine_factor")
+    few = isinstance(factor, (int, np.integer)) and spec.k * factor <= _REFINED_ROWS
+    return few and queries >= MATRIX_QUERIES and set(spec.options) <= _REFINED_OPTIONS
+
+
+def _refined(dataset: lance.LanceDataset, spec: NearestSpec, queries: np.ndarray, shard: Shard) -> Found:
+    """What the engine finds with ``refine_factor``, which it does for each query by itself, reading its candidates.
+
+    Here the candidates of all queries are read at once. Each query keeps to its own, so that what it finds does not
+    depend on the others.
+    """
+    options = {name: value for name, value in spec.options.items() if name != "refine_factor"}
+    wanted = spec.k * spec.options["refine_factor"]
+    estimated = dataclasses.replace(spec, k=wanted + _REFINED_TIES, options=options)
+    rough = _with_ties(_ask(dataset, estimated, queries, index_segments=list(shard.segments)), wanted)
+    if not len(rough):
+        return rough
+    vectors, have = _read_vectors(dataset, spec, np.unique(rough.row_id))
+    exact = dataclasses.replace(spec, column=_HELD, options=options, filter=None, scanner={})
+    size = max(1, _REFINED_PAIRS // wanted)
+    parts = []
+    for first in range(0, len(queries), size):
+        own = rough.select((rough.query >= first) & (rough.query < first + size))
+        ids = np.unique(own.row_id)
+        if not len(ids):
+            continue
+        held = in_memory(pa.table([vectors.take(pa.array(np.searchsorted(have, ids)))], [_HELD]))
+        some = queries[first : first + size]
+        found = _ask(held, dataclasses.replace(exact, k=len(ids)), some, flat=True)
+        is_own = np.zeros((len(some), len(ids)), bool)
+        is_own[own.query - first, np.searchsorted(ids, own.row_id)] = True
+        found = found.select(is_own[found.query, found.row_id])
+        parts.append(Found(found.query, ids[found.row_id], found.distance).after(first))
+    return nearest_of(parts, spec.k)
+
+
+def _with_ties(found: Found, k: int) -> Found:
+    """The k nearest of each query, and those as near as the last of them: rows with one code in an index."""
+    place = np.arange(len(found)) - np.searchsorted(found.query, found.query)
+    last = place == k - 1
+    limit = np.full(int(found.query.max(initial=-1)) + 1, np.inf, np.float32)
+    limit[found.query[last]] = found.distance[last]
+    return found.select(found.distance <= limit[found.query])
 
 
 def _rescored(

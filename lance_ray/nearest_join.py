@@ -15,7 +15,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import checked_ray_args
+from lance_ray.executors import check_sendable, checked_ray_args
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
 from lance_ray.options import ScanOptions, check_positive
@@ -43,6 +43,11 @@ class JoinSpec:
     def neighbours(self) -> pa.Schema:
         """The columns of a neighbour."""
         return self.spec.output_schema
+
+    @property
+    def dimension(self) -> int:
+        """Of the vectors."""
+        return len(self.spec.scan.scanner["nearest"]["q"])
 
     def names(self) -> list[str]:
         """The columns that the join adds."""
@@ -122,8 +127,9 @@ def nearest_join(
         The dataset. Neighbours have ``_distance`` beside the columns chosen.
 
     Raises:
-        InvalidArgumentError: unknown column or option, k not positive, a name that occurs twice; before anything runs.
-            Vectors of another dimension are found when they are reached, and raise the same.
+        InvalidArgumentError: unknown column or option, k not positive, a name that occurs twice, vectors of another
+            type or dimension where ``ds`` knows its schema; before anything runs. Where it does not, or its lists are
+            of any length, they are found when they are reached, and end the dataset with Ray's error of a task.
         TableNotFoundError, VersionNotFoundError, StorageError, WorkerEnvironmentError: as for ``read_lance``.
     """
     check_positive("k", k, optional=False)
@@ -140,6 +146,7 @@ def nearest_join(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
+    check_sendable("filter", filter)
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
     dimension = _dimension(table, column)
     names = columns if columns is not None else [name for name in table.open().schema.names if name != column]
@@ -181,6 +188,8 @@ def _check_names(ds: Dataset, join: JoinSpec) -> None:
     have = list(schema.names) if schema is not None else None
     if have is not None and join.on not in have:
         raise InvalidArgumentError("on", join.on, f"must be a column of ds: {have}")
+    if have is not None and isinstance(kind := schema.types[have.index(join.on)], pa.DataType):
+        _check_vectors(_known_type(kind), join)
     if twice := sorted(set(have or ()) & set(join.names())):
         raise InvalidArgumentError(
             "prefix" if join.explode else "output", twice, "are columns of ds already; choose another name"
@@ -215,12 +224,36 @@ def _search(spec: ReadSpec, queries: np.ndarray) -> pa.Table:
     return search_rows(dataclasses.replace(spec, scan=scan, schema=schema), SearchWorkers(threads=1))
 
 
+def _known_type(kind: pa.DataType) -> pa.DataType:
+    """What blocks of this type come as."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return kind.storage_type if len(kind.shape) == 1 else kind
+    if isinstance(kind, pa.ExtensionType):
+        return to_arrow(pa.schema([pa.field("vectors", kind)]).empty_table()).schema.field(0).type
+    return kind
+
+
+def _check_vectors(kind: pa.DataType, join: JoinSpec) -> None:
+    fixed = pa.types.is_fixed_size_list(kind)
+    if not (fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_number(kind.value_type):
+        raise InvalidArgumentError("on", join.on, f"is of type {kind}; must be a list of numbers")
+    if fixed and kind.list_size != join.dimension:
+        raise InvalidArgumentError(
+            "on", join.on, f"has vectors of {kind.list_size} numbers; the table's have {join.dimension}"
+        )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
+
+
 def _queries(column: pa.ChunkedArray, join: JoinSpec) -> tuple[np.ndarray, np.ndarray]:
     """The vectors that can be searched for, and the numbers of their rows."""
-    kind, dimension = column.type, len(join.spec.scan.scanner["nearest"]["q"])
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise InvalidArgumentError("on", join.on, f"is of type {kind}; must be a list of numbers")
-    array = _flat(column)
+    kind = _known_type(column.type)
+    _check_vectors(kind, join)
+    array, dimension = _flat(column), join.dimension
+    if kind != array.type:
+        array = array.storage
     present = np.asarray(array.is_valid())
     lengths = np.asarray(array.drop_null().value_lengths())
     if wrong := sorted(set(lengths[lengths != dimension].tolist())):

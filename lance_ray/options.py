@@ -189,8 +189,7 @@ class ScanOptions:
             check_positive(name, self.scanner.get(name))
         check_flag("with_row_id", self.with_row_id)
         check_flag("with_row_address", self.with_row_address)
-        plain = self.filter is None or isinstance(self.filter, (str, pc.Expression))
-        if not plain and not self.is_search:
+        if self.filter is not None and not self.has_condition and not self.is_search:
             raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
         if isinstance(self.filter, str) and not self.filter.strip():
             raise InvalidArgumentError("filter", self.filter, "must not be empty; leave it out to read every row")
@@ -217,6 +216,11 @@ class ScanOptions:
     def is_search(self) -> bool:
         """Whether the rows come from a ranking (vector or text), not from a scan in table order."""
         return any(self.scanner.get(key) is not None for key in _SEARCH_KEYS)
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether the filter is a condition on columns, and not a query that a search is told to filter by."""
+        return isinstance(self.filter, (str, pc.Expression))
 
     @property
     def is_single_task(self) -> bool:

@@ -109,10 +109,11 @@ def set_global_pool(pool: Any | None) -> None:
     """Use a pool for the whole process: :class:`WarmWorkers`, or a ``ray.util.multiprocessing.Pool``.
 
     Args:
-        pool: the caller goes on owning it. ``None`` forgets the present one without closing it.
+        pool: the caller goes on owning it; processes that die are replaced. ``None`` forgets the present one without
+            closing it.
 
     Raises:
-        InvalidArgumentError: it is neither.
+        InvalidArgumentError: it is neither, or a pool whose ``max_task_retries`` are without limit.
     """
     global _global_pool
     if pool is not None:

@@ -20,7 +20,7 @@ from lance.dataset import serialize_row_addrs
 from lance_ray.arrow import row_width
 from lance_ray.blobs import BlobColumn, blob_columns, filled, has_blobs, shown
 from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
-from lance_ray.options import ScanOptions
+from lance_ray.options import ScanOptions, as_matrix
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
 from lance_ray.predicates import apply_residual, columns_of
 from lance_ray.retry import RetryPolicy, is_interruption
@@ -122,8 +122,8 @@ class ReadSpec:
     def scanner_kwargs(self, dataset: lance.LanceDataset) -> dict[str, Any]:
         """Keywords of ``LanceDataset.scanner`` but for which rows it sees."""
         kwargs = dict(self.scan.scanner)
-        if callable(kwargs.get("full_text_query")):
-            kwargs["full_text_query"] = kwargs["full_text_query"]()
+        if "full_text_query" in kwargs:
+            kwargs["full_text_query"] = _made(kwargs["full_text_query"])
         if self.batch_size is not None and not {"batch_size", "batch_size_bytes"} & set(kwargs):
             kwargs["batch_size"] = self.batch_size
         columns = self.scanned_columns(dataset.schema)
@@ -136,13 +136,18 @@ class ReadSpec:
         return {
             **kwargs,
             "columns": columns,
-            "filter": self.filter,
+            "filter": _made(self.filter),
             "with_row_id": self.wants(ROW_ID, asked=self.scan.with_row_id) or None,
             "with_row_address": fragment_id
             or bool(self.read_blobs)
             or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address)
             or None,
         }
+
+
+def _made(query: Any) -> Any:
+    """A query, also where a function makes it: the engine's own query objects cannot be sent to other processes."""
+    return query() if callable(query) else query
 
 
 def _with_score(columns: Any, score: str) -> Any:
@@ -167,12 +172,13 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         InvalidArgumentError: unknown column, a filter that does not parse or fit the types, an unknown option.
     """
     dataset = table.open()
+    scan = _with_few_queries(scan)
     _check_columns(dataset, scan)
     for name, value in scan.scanner.items():  # each by itself: the engine does not say which one it refuses
         with _argument_errors(name, value):
             dataset.scanner(**{name: value})
     fragments = _fragments(dataset, scan.fragment_ids)
-    if scan.filter is not None and not isinstance(scan.filter, Mapping):
+    if scan.has_condition:
         with _argument_errors("filter", scan.filter):
             dataset.scanner(columns=[], with_row_id=True, filter=scan.filter).explain_plan()
     spec = ReadSpec(table, scan, pa.schema([]))
@@ -197,6 +203,15 @@ def blobs_of(table: PinnedTable, scan: ScanOptions) -> tuple[BlobColumn, ...]:
     kwargs = ReadSpec(table, scan, pa.schema([])).scanner_kwargs(dataset)
     described = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
     return blob_columns(dataset, described, scan)
+
+
+def _with_few_queries(scan: ScanOptions) -> ScanOptions:
+    """Of many query vectors only two: the engine plans each, and they differ in nothing that is checked."""
+    nearest: Any = scan.scanner.get("nearest")
+    queries = as_matrix(nearest["q"]) if isinstance(nearest, Mapping) else None
+    if queries is None or len(queries) <= 2:
+        return scan
+    return dataclasses.replace(scan, scanner={**scan.scanner, "nearest": {**nearest, "q": queries[:2]}})
 
 
 def _check_columns(dataset: lance.LanceDataset, scan: ScanOptions) -> None:

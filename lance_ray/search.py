@@ -43,7 +43,7 @@ from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
 from lance_ray.read import FRAGMENT_ID, ROW_ADDRESS, ReadSpec, ReadTaskRows, finish, scan, table_schema
 from lance_ray.runner import RunOptions, run_tasks
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 THREADS_BYTES = 4 * 1024**3
 """Up to so many bytes of vectors, weighed by the number of queries, threads of this process are used; measured in
@@ -210,7 +210,7 @@ def _vector_bytes(kind: pa.DataType) -> float:
 
 def _can_be_cut(spec: ReadSpec) -> bool:
     options = spec.scan.scanner
-    plain = spec.filter is None or not isinstance(spec.filter, Mapping)
+    plain = spec.filter is None or spec.scan.has_condition
     computed = any(DISTANCE in sql or "_score" in sql for _, sql in spec.scan.expressions)
     return set(options) <= _SHARDED_OPTIONS and plain and not computed and spec.scan.fragment_ids is None
 
@@ -302,6 +302,12 @@ def vector_search(
     index the rows are exactly those of a search in one process, ties in the order of row ids. With one, each segment
     is searched as the engine does it, so that no neighbour is lost which a search in one process finds.
 
+    What cannot be cut into shards is one call of the engine in this process, whatever workers were asked for: columns
+    of several vectors in a row (``q`` is then the vectors of one query), a ``lance.query.MinHashQuery`` as ``nearest``
+    (ten rows; ``read_lance`` takes it with any ``limit``), a filter that is itself a query, and scanner options that
+    choose rows (``row_addr_allowlist`` and the like). So are ``fragment_ids`` in ``read_lance(nearest=...)``, in one
+    task.
+
     Args:
         uri: path or URI of the table, or an opened dataset.
         nearest: ``column``, ``q`` (a vector, or a 2-D array or list of vectors for many queries), ``k`` (10), and any
@@ -332,7 +338,8 @@ def vector_search(
         analyze_plan: run the search and return the engine's analysis of each shard as text.
         with_row_id: add ``_rowid``.
         scanner_options: further options of ``LanceDataset.scanner``.
-        pool: :class:`lance_ray.WarmWorkers`, or a ``ray.util.multiprocessing.Pool``; by default the global one.
+        pool: :class:`lance_ray.WarmWorkers`, or a ``ray.util.multiprocessing.Pool``; by default the global one. A
+            process that dies is replaced in either. A ``Pool`` that gives no result for an hour ends the search.
         progress: True for a bar, a reporter of one's own, False for silence.
 
     Returns:
@@ -353,15 +360,7 @@ def vector_search(
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
     ref = TableRef.fold(
         uri,
-        {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        },
+        address_of(locals()),
         version=version,
         asof=asof,
         branch=branch,

@@ -78,8 +78,8 @@ class TableRef:
 
         Args:
             uri: a path, URI, ``pathlib.Path`` or an opened ``LanceDataset`` (then its version is the default).
-            address: ``table_id``, ``namespace_impl``, ``namespace_properties``, ``rest_config``, ``storage_options``,
-                ``io_config``, ``base_store_params`` as the caller gave them.
+            address: what the caller gave of ``table_id``, ``namespace_impl``, ``namespace_properties``,
+                ``rest_config``, ``storage_options``, ``io_config``, ``base_store_params``; see :func:`address_of`.
             version: number or tag.
             asof: time, inclusive; naive means local.
             branch: name of a branch.
@@ -220,6 +220,22 @@ def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | N
     if not parts or not all(isinstance(part, str) and part for part in parts):
         raise InvalidArgumentError("table_id", table_id, "must be a non-empty list of names")
     return NamespaceRef.fold(impl, address.get("namespace_properties")), parts
+
+
+_ADDRESS = (
+    "table_id",
+    "namespace_impl",
+    "namespace_properties",
+    "rest_config",
+    "storage_options",
+    "io_config",
+    "base_store_params",
+)
+
+
+def address_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that name a table, out of the ``locals()`` of a function that has all of them."""
+    return {name: given[name] for name in _ADDRESS}
 
 
 _REST = "rest://"

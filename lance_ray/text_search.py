@@ -13,7 +13,7 @@ from lance.query import FullTextQuery, MatchQuery, MultiMatchQuery
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import LocalExecutor
+from lance_ray.executors import LocalExecutor, check_sendable
 from lance_ray.nearest import DISTANCE, QUERY_INDEX, fetch
 from lance_ray.options import ScanOptions, check_positive
 from lance_ray.planning.search import fused
@@ -21,7 +21,7 @@ from lance_ray.progress import Reporter
 from lance_ray.read import ROW_ID, ReadSpec, finish
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.search import SearchWorkers, ranked_spec, scanner_options_of, search_rows
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 
 SCORE, RELEVANCE = "_score", "_relevance_score"
 
@@ -72,7 +72,8 @@ def full_text_search(
     Args:
         uri: path or URI of the table, or an opened dataset.
         query: text, a query of ``lance.query``, a dict of ``query`` and ``columns``, or a list of these. Queries of
-            ``lance.query`` cannot be sent to other processes; ``functools.partial(MatchQuery, ...)`` can.
+            ``lance.query`` cannot be sent to other processes; ``functools.partial(MatchQuery, ...)``, or another
+            function that makes the query, can.
         text_columns: the columns that a text is searched in; by default all that have an index.
         limit: rows of the result, for each query; None for all that match.
         columns: columns of the result, or a dict of name to SQL expression; all by default.
@@ -112,15 +113,7 @@ def full_text_search(
         raise InvalidArgumentError("query", query, "must name at least one query")
     check_positive("limit", limit)
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     ref = TableRef.fold(uri, address, version=version, asof=asof, branch=branch)
     given = scanner_options_of(scanner_options, prefilter=prefilter, fast_search=fast_search or None)
     scan_options = ScanOptions.fold(
@@ -158,10 +151,9 @@ class _In:
 
 def _many(spec: ReadSpec, texts: Sequence[Any], workers: SearchWorkers, *, batch: bool) -> pa.Table:
     executor, slots = workers.choose(len(texts) * _QUERY_BYTES)
-    if not isinstance(executor, LocalExecutor) and any(isinstance(item, FullTextQuery) for item in texts):
-        raise InvalidArgumentError(
-            "query", "lance.query", "cannot be sent to workers; give text or functools.partial(MatchQuery, ...)"
-        )
+    if not isinstance(executor, LocalExecutor):
+        for item in texts:
+            check_sendable("query", item)
     size = max(1, min(_TASK_QUERIES, -(-len(texts) // slots)))
     tasks = [TextTask(at, tuple(texts[at : at + size])) for at in range(0, len(texts), size)]
     options = RunOptions(max_in_flight=workers.num_workers, progress=workers.progress)
@@ -282,19 +274,13 @@ def hybrid_search(
     """
     fusion = Fusion.fold(limit, candidates, weights, rrf_k)
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     ref = TableRef.fold(uri, address, version=version, asof=asof, branch=branch)
     if not isinstance(nearest, Mapping):
         raise InvalidArgumentError("nearest", nearest, "must be a dict with 'column' and 'q'")
     text = _text_query(full_text_query, text_columns)
+    if workers.asked:
+        check_sendable("full_text_query", text)
     shared = scanner_options_of(None, prefilter=prefilter, fast_search=fast_search or None)
     halves = [
         ScanOptions.fold(

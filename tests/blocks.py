@@ -17,8 +17,9 @@ from ray.data import Dataset
 from lance_ray.options import WriteOptions
 from lance_ray.table import TableRef, WriteTarget
 from lance_ray.write import WriteSpec
+from tests.leaks import secret
 
-SECRET = "wJalrXUtnFEMIbPxRfiCY"
+SECRET = secret("a secret of writing", "wJalrXUtnFEMIbPxRfiCY")
 """The key of every store that these tests pretend to have."""
 
 TYPED = pa.schema([pa.field("id", pa.int64()), pa.field("text", pa.string())])

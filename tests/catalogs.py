@@ -18,6 +18,10 @@ from lance_namespace import (
 )
 from lance_namespace.errors import TableAlreadyExistsError, TableNotFoundError
 
+from tests.leaks import secret
+
+VENDED = secret("a vended key", "vended-secret-access-key")
+
 
 class Own(lance_namespace.LanceNamespace):
     """Tables below a folder, known by files of their names; with a password that must not come out. Pickles."""
@@ -76,7 +80,7 @@ class Vending(Own):
         ends = int((time.time() + self.life) * 1000)
         return {
             "aws_access_key_id": f"KEY{ends}",
-            "aws_secret_access_key": "vended-secret-access-key",
+            "aws_secret_access_key": VENDED,
             "aws_region": "us-east-1",
             "aws_endpoint": self.endpoint,
             "allow_http": "true",

@@ -13,8 +13,10 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
+from tests import leaks
 from tests.faults.proxy import FaultProxy
-from tests.faults.stores import BUCKET, S3, SECRET
+from tests.faults.stores import BUCKET, S3
+from tests.leaks import pytest_configure, pytest_make_parametrize_id  # noqa: F401 - hooks, which look for secrets
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,7 @@ def ray_session() -> Iterator[Path]:
         )
         yield Path(directory)
         ray.shutdown()
+    assert leaks.look_through(Path(directory)) > 0
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -61,4 +64,4 @@ def s3(s3_server: S3, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptu
     yield s3_server
     s3_server.proxy.reset()
     printed = capfd.readouterr()
-    assert SECRET not in printed.out + printed.err + caplog.text
+    assert leaks.names_in(printed.out + printed.err + caplog.text) == set()

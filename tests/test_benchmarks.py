@@ -16,5 +16,5 @@ def test_every_case_runs_at_smoke_size_and_is_written_as_a_json_line(ray_session
 
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [item["name"] for item in written] == [result.name for result in results]
-    assert len(results) == 31
+    assert len(results) == 34
     assert all(result.ours.wall > 0 and result.rows > 0 for result in results)

@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(self.path)
-        signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        signed = re.search(r"(?:Credential=|OSS )([^/:]+)[/:]", self.headers.get("Authorization", ""))
         if self.owner.admits is not None and not self.owner.admits(signed[1] if signed else ""):
             text = "<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>it has expired</Message></Error>"
             self._answer(path, 403, {"Content-Type": "application/xml"}, text.encode())

@@ -18,8 +18,9 @@ import pytest
 from lance_ray.ledger import FOLDER, JobRef, WrittenPath
 from lance_ray.table import PinnedTable, TableRef
 from tests.faults.proxy import FaultProxy
+from tests.leaks import secret
 
-SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
+SECRET = secret("the key of the S3 server", "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY")
 KEY_ID = "AKIAEXAMPLEKEYID1234"
 BUCKET = "faults"
 

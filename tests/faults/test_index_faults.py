@@ -153,7 +153,7 @@ lance_ray.create_scalar_index(sys.argv[2], column="id", index_type="BTREE", num_
 """
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_a_driver_that_was_killed_leaves_what_cleanup_orphans_removes(on_disk: Place, when):
     written(on_disk)
     address = ray.get_runtime_context().gcs_address
@@ -173,6 +173,7 @@ def test_a_driver_that_was_killed_leaves_what_cleanup_orphans_removes(on_disk: P
     assert_index_is_right(on_disk)
 
 
+@pytest.mark.slow
 def test_throttling_of_the_store_is_waited_out(on_s3: Place):
     written(on_s3)
     assert on_s3.s3 is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import datetime as dt
+import contextlib
+import inspect
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,6 @@ from typing import Any
 import botocore.exceptions
 import lance
 import lance_namespace
-import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -20,14 +21,23 @@ from lance.namespace import RestAdapter
 from lance_namespace import errors as namespace_errors
 
 import lance_ray
-from lance_ray import InvalidArgumentError, LanceRestConfig, StorageError, TableExistsError, TableNotFoundError, catalog
+from lance_ray import (
+    InvalidArgumentError,
+    LanceRestConfig,
+    StorageError,
+    TableExistsError,
+    TableNotFoundError,
+    catalog,
+    plugins,
+)
 from lance_ray.catalog import CatalogClient, NamespaceRef
 from lance_ray.errors import LanceRayError, UnsupportedCallError
-from tests import catalogs
+from tests import azurite, behaviour, catalog_servers, catalogs
+from tests.behaviour import ids, numbers
 from tests.faults.stores import BUCKET, KEY_ID, S3, SECRET
-from tests.vectors import vector_array
+from tests.leaks import secret
 
-PASSWORD = "correct-horse-battery-staple"
+PASSWORD = secret("a catalog's password", "correct-horse-battery-staple")
 
 
 @pytest.fixture
@@ -49,15 +59,25 @@ def s3_rest(s3: S3) -> Iterator[str]:
     adapter.stop()
 
 
-QUICK = ["path", "relative", "dir", "rest", "rest uri", "connected"]
-SLOW = ["pathlib", "file uri", "opened", "multi-level dir", "native object", "class path", "s3", "s3 io_config"]
-SLOW += ["s3 fsspec", "rest over s3"]
-
-
-@pytest.fixture(params=[*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(params=[*behaviour.QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in behaviour.SLOW)])
+def at(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[behaviour.Address]:
     """The keywords that name a table which is not there yet."""
     name = request.param
+    if name == "opened":
+        yield behaviour.opened(str(tmp_path / "t"))
+    elif name in catalog_servers.PLUGINS:
+        with catalog_servers.running(name, tmp_path, request.getfixturevalue("s3")) as found:
+            yield lambda: found.table("t")
+    elif name == "azure":
+        with azurite.running() as config:
+            yield lambda: {"uri": f"az://{azurite.CONTAINER}/t", "io_config": lance_ray.IOConfig(azure=config)}
+    else:
+        monkeypatch.chdir(tmp_path)
+        address = _address(name, request, tmp_path)
+        yield lambda: dict(address)
+
+
+def _address(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     root = str(tmp_path / "root")
     if name in ("rest", "rest uri"):
         server = request.getfixturevalue("rest")
@@ -70,12 +90,10 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         return {"uri": "rest:///t", "rest_config": LanceRestConfig(server), "storage_options": options}
     if name.startswith("s3"):
         return _on_s3(name, request.getfixturevalue("s3"))
-    monkeypatch.chdir(tmp_path)
     own = {"root": root, "password": PASSWORD}
     in_root = {"namespace_impl": "dir", "namespace_properties": {"root": root}}
     found: dict[str, dict[str, Any]] = {
         "path": {"uri": f"{root}/t"},
-        "opened": {"uri": f"{root}/t"},
         "relative": {"uri": "some/table"},
         "pathlib": {"uri": tmp_path / "t"},
         "file uri": {"uri": f"file://{root}/t"},
@@ -105,51 +123,30 @@ def _on_s3(name: str, s3: S3) -> dict[str, Any]:
     return {"uri": uri, "storage_options": {"key": KEY_ID, "secret": SECRET, "client_kwargs": client}}
 
 
-def numbers(first: int, count: int) -> pa.Table:
-    ids = np.arange(first, first + count)
-    vectors = np.stack([ids, ids * 2], axis=1).astype(np.float32)
-    return pa.table({"id": ids, "text": [f"row {item}" for item in ids], "vector": vector_array(vectors)})
-
-
-def ids(table: Any) -> list[int]:
-    rows = table.take_all() if isinstance(table, ray.data.Dataset) else table.to_pylist()
-    return sorted(row["id"] for row in rows)
-
-
 @pytest.mark.ray
-def test_every_operation_works_through_every_address(ray_session: object, address: dict[str, Any]):
-    with pytest.raises(TableNotFoundError):
-        lance_ray.read_lance(**address)
-    lance_ray.write_lance(ray.data.from_arrow(numbers(0, 40)), mode="create", max_rows_per_file=20, **address)
-    with pytest.raises(TableExistsError):
-        lance_ray.write_lance(ray.data.from_arrow(numbers(0, 1)), mode="create", **address)
-    report = lance_ray.write_lance(ray.data.from_arrow(numbers(40, 10)), mode="append", **address)
-    assert report.version == 2
-    assert ids(lance_ray.read_lance(**address, filter="id >= 5", columns=["id"])) == list(range(5, 50))
-    assert lance_ray.read_lance(**address, version=1).count() == 40
+def test_every_operation_works_through_every_address(ray_session: object, at: behaviour.Address):
+    for run in behaviour.OPERATIONS.values():
+        run(at)
 
-    added = lance_ray.add_columns(**address, transform={"twice": "id * 2"}, progress=False)
-    assert added.rows == 50
-    lance_ray.update_columns(**address, columns=["text"], transform={"text": "'new'"}, filter="id < 3", progress=False)
-    assert lance_ray.delete(**address, predicate="id % 10 = 9").rows == 5
-    compacted = lance_ray.compact_files(
-        **address, compaction_options={"materialize_deletions_threshold": 0.0}, progress=False
-    )
-    assert compacted is not None
-    left = [item for item in range(50) if item % 10 != 9]
-    rows = lance_ray.take(**address, indices=range(45), columns=["id", "twice", "text"]).to_pylist()
-    assert sorted(row["id"] for row in rows) == left
-    assert all(row["twice"] == 2 * row["id"] and (row["text"] == "new") == (row["id"] < 3) for row in rows)
 
-    nearest = {"column": "vector", "q": np.array([20, 40], np.float32), "k": 3}
-    assert lance_ray.vector_search(**address, nearest=nearest, columns=["id"]).column("id")[0].as_py() == 20
-    assert lance_ray.table_health(**address).rows == 45
-    described = lance_ray.describe_table(**address)
-    assert (described.rows, described.version is not None) == (45, True)
-    lance_ray.cleanup_orphans(**address)
-    lance_ray.cleanup_old_versions(**address, older_than=dt.timedelta(0))
-    lance_ray.write_lance(ray.data.from_items([{"other": 1}]), mode="overwrite", **address)
-    assert lance_ray.read_lance(**address).take_all() == [{"other": 1}]
+def test_the_suite_runs_every_function_that_takes_a_table():
+    functions = {name: getattr(lance_ray, name) for name in lance_ray.__all__}
+    takes = {name for name, found in functions.items() if callable(found) and "table_id" in parameters(found)}
+    of_catalogs = {"drop_table", "register_table"}  # which have tests of their own
+    assert takes - of_catalogs == takes & set(inspect.getsource(behaviour).replace("(", " ").replace(".", " ").split())
+
+
+def parameters(function: Any) -> set[str]:
+    try:
+        names = set(inspect.signature(function).parameters)
+        return names if "namespace_impl" in names else set()
+    except ValueError:  # a class without its own
+        return set()
+
+
+def test_the_documentation_shows_the_suite_as_it_is():
+    text = behaviour.DOCUMENT.read_text("utf-8")
+    assert behaviour.documented(text) == text, "run: python -m tests.behaviour"
 
 
 @pytest.mark.ray
@@ -280,7 +277,7 @@ def test_an_address_that_cannot_be_is_refused_by_name(given: dict[str, Any], nam
 
 @pytest.mark.parametrize("impl", ["glue", "hive2", "unity", "polaris", "dlf"])
 def test_a_catalog_whose_package_is_missing_says_what_to_install(impl: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(catalog._PACKAGES, impl, "no_such_package")
+    monkeypatch.setitem(plugins.PACKAGES, impl, "no_such_package")
     catalog._client.cache_clear()
     with pytest.raises(InvalidArgumentError, match=rf"lance-ray\[{impl}\]"):
         lance_ray.connect(impl, {"uri": "http://x"})
@@ -297,6 +294,14 @@ def test_a_server_that_cannot_be_is_refused(given: dict[str, Any]):
 
 class TableNotFoundException(Exception):  # noqa: N818 - the name is what it is about
     """Named as one of the plugins names it."""
+
+
+class EntityNotFoundException(Exception):  # noqa: N818 - as botocore names it
+    """Of Glue."""
+
+
+class InternalException(Exception):  # noqa: N818 - as the plugins name it
+    """Of Unity and Polaris."""
 
 
 CLIENT_ERROR = botocore.exceptions.ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "GetTable")
@@ -322,7 +327,14 @@ ENDPOINT_ERROR = botocore.exceptions.EndpointConnectionError(endpoint_url="http:
         (CLIENT_ERROR, StorageError, "denied"),
         (ENDPOINT_ERROR, StorageError, "unreachable"),
         (KeyError("StorageDescriptor"), StorageError, "unreachable"),
-        (RuntimeError("Namespace does not exist: db"), StorageError, "unreachable"),
+        (RuntimeError("Namespace does not exist: db"), StorageError, "missing"),
+        (RuntimeError("Failed to describe table: Table does not exist"), StorageError, "unreachable"),
+        (namespace_errors.TableNotFoundError("Table db.t is not a lance table (type=)"), InvalidArgumentError, None),
+        (RuntimeError("Table is not a Lance table: db.t"), InvalidArgumentError, None),
+        (EntityNotFoundException("Database db not found."), StorageError, "missing"),
+        (InternalException("Failed to declare table: HTTP 503: busy"), StorageError, "transient"),
+        (InternalException("Failed to declare table: HTTP 404: no schema"), StorageError, "missing"),
+        (InternalException('HTTP 400: {"error_code":"TABLE_ALREADY_EXISTS"}'), TableExistsError, None),
     ],
     ids=lambda item: str(item)[:60],
 )
@@ -341,6 +353,31 @@ def test_a_catalog_that_does_not_answer_is_not_waited_for_for_ever():
     with pytest.raises(StorageError, match=r"no answer within 0\.3 s"):
         lance_ray.describe_table(namespace_impl=ref, table_id=["t"])
     assert time.monotonic() - started < 5
+
+
+def test_a_table_that_the_catalog_is_silent_on_holds_up_no_other():
+    class Half(catalogs.Hanging):
+        def describe_table(self, request: Any) -> Any:
+            if request.id == ["slow"]:
+                super().describe_table(request)
+            return lance_namespace.DescribeTableResponse(location="somewhere")
+
+    ref = NamespaceRef("Half", timeout=5.0, token="half", connected=Half())
+    client = ref.client()
+    assert client is not None
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            client.describe_table({"id": ["slow"]})
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    started = time.monotonic()
+    while ("slow", "") not in client._asking and time.monotonic() - started < 5:
+        time.sleep(0.01)
+    assert client.describe_table({"id": ["quick"]}).location == "somewhere"
+    assert time.monotonic() - started < 4
+    waiting.join()
 
 
 # Credentials

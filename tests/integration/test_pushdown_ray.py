@@ -21,6 +21,7 @@ from ray.data.expressions import Expr, col
 import lance_ray
 from lance_ray import read
 from lance_ray.datasource import LanceDatasource
+from lance_ray.errors import InvalidArgumentError
 from lance_ray.predicates import apply_residual
 from tests.tables import assert_same, expected, numbers, read_here, rows, run_here, source_of, tasks_of, write
 
@@ -262,10 +263,28 @@ def test_a_later_filter_sees_the_columns_that_come_out(options: dict[str, Any], 
     assert_same(rows(lance_ray.read_lance(table, **options).filter(expr=predicate)), wanted)
 
 
-def test_a_later_filter_cannot_see_columns_that_were_left_out(table: Path) -> None:
-    source = source_of(table, columns=["id"])
+UNKNOWN: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
+    "selected": ("columns", lambda ds: ds.select_columns(["id", "nope"])),
+    "renamed": ("columns", lambda ds: ds.rename_columns({"nope": "other"})),
+    "filtered": ("expr", lambda ds: ds.filter(expr=col("nope") > 3)),
+    "filtered after it was left out": ("expr", lambda ds: ds.select_columns(["id"]).filter(expr=col("x") > 3)),
+}
 
-    assert pushed(source, col("x") > 3) is source
+
+@pytest.mark.parametrize("how", UNKNOWN)
+def test_a_column_that_the_dataset_does_not_have_is_refused_on_the_driver(how: str, table: Path) -> None:
+    parameter, use = UNKNOWN[how]
+
+    with pytest.raises(InvalidArgumentError) as caught:
+        use(lance_ray.read_lance(table, columns=["id", "x"])).take(1)
+
+    assert caught.value.parameter == parameter
+    assert "id" in str(caught.value)
+
+
+def test_a_later_filter_cannot_see_columns_that_were_left_out(table: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="expr"):
+        pushed(source_of(table, columns=["id"]), col("x") > 3)
 
 
 def test_a_predicate_on_several_tables_holds_where_a_column_is_missing(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lance.dataset import serialize_row_addrs
+from lance.query import MinHashQuery
 
 import lance_ray
 from lance_ray import nearest
@@ -151,6 +155,58 @@ def test_a_table_of_equal_rows_is_searched_by_the_engine_alone(
     )
 
 
+QUERY = {"query": "7 11 13", "columns": ["name"]}
+ONE_CALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "many vectors in a row": ({"column": "many", "q": random_vectors(2, 8), "k": 4}, {}),
+    "text by MinHash": ({"minhash": "row 7 of the table with a few words more"}, {}),
+    "an allowlist": ({"q": random_vectors(1)[0], "k": 4}, {"row_addr_allowlist": [1, 5, 8, 60, 90]}),
+    "a blocklist": ({"q": random_vectors(1)[0], "k": 4}, {"row_addr_blocklist": [*range(80)]}),
+    "a query as the filter": (
+        {"q": random_vectors(1)[0], "k": 4},
+        {"filter": {"query": "7 11 13", "columns": ["name"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ONE_CALL)
+def test_what_cannot_be_cut_is_one_call_of_the_engine(sharded, tmp_path: Path, what: str, monkeypatch):
+    vectors = pa.array([random_vectors(1 + item % 3, 8, seed=item).tolist() for item in range(200)], MANY)
+    texts = [f"row {item} of the table with a few words more" for item in range(200)]
+    table = pa.table(
+        {"id": np.arange(200), "name": texts, "many": vectors, "vector": vector_array(random_vectors(200))}
+    )
+    dataset = lance.write_dataset(table, str(tmp_path / "t"), max_rows_per_file=70)
+    dataset.create_scalar_index("name", "INVERTED")
+    dataset.create_scalar_index("name", "MINHASHLSH", name="minhash")
+    spec, options = ONE_CALL[what]
+    nearest: Any = MinHashQuery(spec["minhash"], "name") if "minhash" in spec else {"column": "vector", **spec}
+    options = {key: serialize_row_addrs(value) if "list" in key else value for key, value in options.items()}
+    monkeypatch.setattr("lance_ray.search.run_tasks", None)
+    found = lance_ray.vector_search(
+        str(tmp_path / "t"),
+        nearest=nearest,
+        columns=["id"],
+        filter=options.get("filter"),
+        scanner_options={key: value for key, value in options.items() if key != "filter"},
+    )
+    assert found.num_rows > 2
+    assert found.equals(by_engine(tmp_path / "t", nearest, ["id"], **options))
+    if "minhash" in spec:
+        assert read_here(tmp_path / "t", nearest=nearest, columns=["id"], limit=15).num_rows == 15
+
+
+MANY = pa.list_(pa.list_(pa.float32(), 8))
+
+
+def test_fragment_ids_of_a_ranked_read_are_one_call_of_the_engine(sharded, uri: str, monkeypatch):
+    monkeypatch.setattr("lance_ray.search.run_tasks", None)
+    spec = {"column": "vector", "q": random_vectors(1)[0], "k": 5}
+    dataset = lance.dataset(uri)
+    found = read_here(uri, nearest=spec, columns=["id"], fragment_ids=[1, 4])
+    wanted = by_engine(uri, spec, ["id"], fragments=[dataset.get_fragment(1), dataset.get_fragment(4)])
+    assert found.column("id").to_pylist() == wanted.column("id").to_pylist()
+
+
 def test_all_columns_row_ids_and_expressions_come_as_asked(sharded, uri: str):
     spec = {"column": "vector", "q": random_vectors(1)[0], "k": 3}
     everything = lance_ray.vector_search(uri, nearest=spec, with_row_id=True)
@@ -201,10 +257,30 @@ def test_an_index_in_shards_gives_what_one_process_gives(sharded, tmp_path: Path
         spec = {"column": "vector", "q": q, "k": 7, **options}
         found = lance_ray.vector_search(str(tmp_path / "t"), nearest=spec, columns=["id"])
         wanted = by_engine(tmp_path / "t", spec, ["id"])
-        if "refine_factor" in options:  # each shard refines as many rows as one process refines in all
+        if "refine_factor" in options:  # of equal estimates one process refines some, a shard all of them
             assert np.all(np.asarray(found.column("_distance")) <= np.asarray(wanted.column("_distance")))
         else:
             assert found.equals(wanted)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("options", [{"refine_factor": 3}, {"refine_factor": 1, "nprobes": 2}], ids=str)
+def test_many_queries_refine_what_each_refines_alone(sharded, tmp_path: Path, metric, options, monkeypatch):
+    queries = indexed(tmp_path / "t", metric=metric)
+    monkeypatch.setattr("lance_ray.nearest._RESCORED_QUERIES", 7)
+    spec = {"column": "vector", "k": 6, **options}
+    together = lance_ray.vector_search(
+        str(tmp_path / "t"), nearest={**spec, "q": queries}, columns=["id"], filter="id % 3 > 0"
+    )
+    exact = by_engine(tmp_path / "t", {**spec, "q": queries, "use_index": False, "metric": metric, "k": 2000}, ["id"])
+    distances = {(row["query_index"], row["id"]): row["_distance"] for row in exact.to_pylist()}
+    for number, query in enumerate(queries):
+        alone = by_engine(tmp_path / "t", {**spec, "q": query}, ["id"], filter="id % 3 > 0")
+        some = together.filter(pc.field("query_index") == number)
+        assert np.all(np.asarray(some.column("_distance")) <= np.asarray(alone.column("_distance")))
+        for row in some.to_pylist():
+            assert row["_distance"] == distances[number, row["id"]]
+            assert row["id"] % 3
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -220,6 +296,37 @@ def test_appended_rows_are_ranked_among_indexed_ones_by_the_same_distance(sharde
     ours, engine = (recall(table, exact, 10) for table in (found, by_engine(tmp_path / "t", spec, ["id"])))
     assert ours >= engine
     assert any(item >= 5000 for item in found.column("id").to_pylist())
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["IVF_PQ", "IVF_FLAT", "IVF_HNSW_SQ"]),
+    metric=st.sampled_from(METRICS),
+    segments=st.integers(1, 2),
+    appended=st.sampled_from([0, 30]),
+    nprobes=st.integers(1, 4),
+    refine=st.sampled_from([None, 1, 4]),
+    count=st.sampled_from([1, 3, 17, 40]),
+    k=st.integers(1, 12),
+)
+def test_with_any_index_distances_are_the_engine_s_and_no_neighbour_is_lost(
+    sharded, *, kind, metric, segments, appended, nprobes, refine, count, k
+):
+    with tempfile.TemporaryDirectory() as folder:
+        queries = indexed(Path(folder) / "t", segments=segments, appended=appended, kind=kind, metric=metric)[:count]
+        spec: dict[str, Any] = {"column": "vector", "q": queries if count > 1 else queries[0], "k": k}
+        probes = {"nprobes": nprobes} | ({} if refine is None else {"refine_factor": refine})
+        found = lance_ray.vector_search(str(Path(folder) / "t"), nearest={**spec, **probes}, columns=["id"])
+        engine = by_engine(Path(folder) / "t", {**spec, **probes}, ["id"])
+        exact = by_engine(Path(folder) / "t", {**spec, "k": 2100, "use_index": False, "metric": metric}, ["id"])
+    have, wanted = (np.asarray(table.column("_distance")) for table in (found, engine))
+    if refine is None and not appended:  # estimates: of equal ones either may come
+        assert np.array_equal(have, wanted)
+        return
+    assert len(have) == len(wanted)
+    assert np.all(have <= wanted)  # so that recall is not below, either
+    distances = {(row.get("query_index"), row["id"]): row["_distance"] for row in exact.to_pylist()}
+    assert all(row["_distance"] == distances[row.get("query_index"), row["id"]] for row in found.to_pylist())
 
 
 def recall(found: pa.Table, exact: pa.Table, k: int) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lance
@@ -13,11 +15,12 @@ import pyarrow as pa
 import pytest
 import ray
 from lance.query import MatchQuery
+from ray.exceptions import RayTaskError
 from ray.util.multiprocessing import Pool
 
 import lance_ray
 from lance_ray import nearest, pools
-from lance_ray.errors import InvalidArgumentError, TaskFailedError
+from lance_ray.errors import InvalidArgumentError, TaskFailedError, WorkerEnvironmentError
 from lance_ray.executors import PoolExecutor
 from lance_ray.runner import RunOptions, run_tasks
 from tests.vectors import append_vectors, by_engine, cut_small, random_vectors, vector_array, write_vectors
@@ -115,12 +118,27 @@ def test_a_text_read_gives_the_best_rows_with_their_scores(tmp_path: Path):
     )
     dataset.create_scalar_index("text", "INVERTED")
     wanted = {item for item in range(60) if item % 4 == 3}
-    for query in ("lance", {"query": "lance", "columns": ["text"]}, partial(MatchQuery, "lance", "text")):
+    queries: list[Any] = ["lance", {"query": "lance", "columns": ["text"]}, partial(MatchQuery, "lance", "text")]
+    for query in (*queries, lambda: MatchQuery("lance", "text", boost=2.0)):
         ds = lance_ray.read_lance(str(tmp_path / "t"), full_text_query=query, columns=["id"], limit=15)
         assert ds.schema().names == ["id", "_score"]
         rows = ds.take_all()
         assert {row["id"] for row in rows} == wanted
         assert [row["_score"] for row in rows] == sorted((row["_score"] for row in rows), reverse=True)
+
+
+def test_the_nearest_of_the_rows_that_match_a_text_are_read(tmp_path: Path):
+    dataset = write_vectors(tmp_path / "t", random_vectors(200))
+    dataset.create_scalar_index("name", "INVERTED")
+    spec = {"column": "vector", "q": random_vectors(1, seed=3)[0], "k": 9}
+    query = partial(MatchQuery, "7 11 13 19 101", "name")
+    wanted = by_engine(tmp_path / "t", spec, ["id"], filter=query())
+    assert sorted(wanted.column("id").to_pylist()) == [7, 11, 13, 19, 101]
+    assert lance_ray.read_lance(tmp_path / "t", nearest=spec, filter=query, columns=["id"]).take_all() == (
+        wanted.to_pylist()
+    )
+    for found in (query, query()):  # in this process the engine's own objects work, too
+        assert lance_ray.vector_search(tmp_path / "t", nearest=spec, filter=found, columns=["id"]).equals(wanted)
 
 
 # Shards on the cluster
@@ -225,6 +243,55 @@ def test_what_a_task_in_a_pool_raises_comes_with_its_own_type(ray_pool: Pool):
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_a_process_of_a_pool_that_dies_costs_an_attempt_and_is_replaced(
+    uri: str, tmp_path: Path, ray_pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    marker = str(tmp_path / "died")
+    monkeypatch.setattr("lance_ray.search.search_shard", partial(dies_once, marker))
+    before = ray_pool.apply(os.getpid)
+    spec = spec_of(3, 50, use_index=False)
+    found = lance_ray.vector_search(uri, nearest=spec, columns=["id"], pool=ray_pool)
+    assert found.equals(by_engine(uri, spec, ["id"]))
+    assert Path(marker).exists()
+    assert ray_pool.apply(os.getpid) != before
+
+
+def dies(shared: Any, task: int) -> int:
+    os._exit(1)
+
+
+def test_a_task_that_ends_each_process_of_a_pool_ends_with_an_error_and_the_pool_stays_usable(ray_pool: Pool):
+    run = run_tasks(dies, [1], shared=None, options=RunOptions(progress=False), executor=PoolExecutor(ray_pool))
+    with pytest.raises(TaskFailedError, match="3 attempt"):
+        list(run)
+    assert ray_pool.apply(abs, (-3,)) == 3
+
+
+def sleeps(seconds: float, task: int) -> int:
+    time.sleep(seconds)
+    return task
+
+
+def test_a_pool_that_gives_no_result_ends_the_run_after_the_stated_time(ray_pool: Pool):
+    list(run_tasks(sleeps, [0], shared=0.0, executor=PoolExecutor(ray_pool)))  # a new process imports first
+    started = time.perf_counter()
+    executor = PoolExecutor(ray_pool, silent_seconds=0.5)
+    run = run_tasks(sleeps, [1], shared=2.0, options=RunOptions(progress=False), executor=executor)
+    with pytest.raises(TaskFailedError) as caught:
+        list(run)
+    assert isinstance(caught.value.__cause__, WorkerEnvironmentError)
+    assert 0.5 <= time.perf_counter() - started < 1.5
+    executor = PoolExecutor(ray_pool, silent_seconds=4.0)  # the abandoned task still runs for a while
+    quick = run_tasks(sleeps, range(6), shared=0.8, options=RunOptions(progress=False), executor=executor)
+    assert sorted(outcome.unwrap() for outcome in quick) == [*range(6)]  # the limit counts from the last result
+
+
+def test_a_pool_that_repeats_for_ever_what_kills_it_is_refused():
+    pool = SimpleNamespace(apply_async=print, _ray_remote_args={"max_task_retries": -1})
+    with pytest.raises(InvalidArgumentError, match="max_task_retries"):
+        lance_ray.set_global_pool(pool)
+
+
 @pytest.mark.parametrize("pool", [3, object(), "pool"])
 def test_what_is_no_pool_is_refused(pool: Any):
     with pytest.raises(InvalidArgumentError):
@@ -263,6 +330,23 @@ def test_a_join_adds_the_neighbours_of_each_row(uri: str, missing: bool):
     rows = sorted(joined.take_all(), key=lambda row: row["q"])
     assert [[item["id"] for item in row["neighbors"]] for row in rows] == neighbours(uri, queries)
     assert set(rows[0]["neighbors"][0]) == {"id", "name", "_distance"}
+
+
+def test_vectors_of_a_join_may_be_tensors_and_of_more_bits(uri: str):
+    vectors = random_vectors(3, seed=8)
+    kinds = [
+        ray.data.from_numpy(vectors.astype(np.float64)),
+        ray.data.from_arrow(pa.table({"data": pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)})),
+        ray.data.from_arrow(pa.table({"data": vectors.tolist()})),
+    ]
+    found = [
+        [
+            [item["id"] for item in row["neighbors"]]
+            for row in lance_ray.nearest_join(ds, uri, on="data", k=4, nearest={"use_index": False}).take_all()
+        ]
+        for ds in kinds
+    ]
+    assert found == [neighbours(uri, queries_of(3))] * 3
 
 
 def test_an_exploded_join_has_a_row_for_each_neighbour(uri: str):
@@ -304,6 +388,30 @@ def test_a_join_through_an_index_finds_what_single_searches_find(uri: str):
 
 
 @pytest.mark.parametrize(
+    "vectors",
+    [
+        vector_array(random_vectors(2, 7)),
+        ["a", "b"],
+        pa.array([["a"], ["b"]]),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(random_vectors(2, 7)),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(random_vectors(2, 16).reshape(2, 4, 4)),
+    ],
+    ids=lambda item: str(getattr(item, "type", "string")),
+)
+def test_a_join_by_what_are_no_vectors_of_the_table_s_dimension_is_refused_before_anything_runs(uri: str, vectors: Any):
+    with pytest.raises(InvalidArgumentError) as caught:
+        lance_ray.nearest_join(ray.data.from_arrow(pa.table({"embedding": vectors})), uri, on="embedding")
+    assert caught.value.parameter == "on"
+
+
+def test_a_vector_of_another_dimension_that_only_its_row_shows_ends_the_join(uri: str):
+    ds = ray.data.from_arrow(pa.table({"embedding": [[0.5] * 16, [0.5] * 7]}))
+    joined = lance_ray.nearest_join(ds, uri, on="embedding", k=2, concurrency=1)
+    with pytest.raises(RayTaskError, match=r"has vectors of \[7\] numbers; the table's have 16"):
+        joined.take_all()
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"on": "nope"}, "on"),
@@ -314,6 +422,7 @@ def test_a_join_through_an_index_finds_what_single_searches_find(uri: str):
         ({"concurrency": 0}, "concurrency"),
         ({"columns": ["nope"]}, "columns"),
         ({"filter": "nope = 1"}, "filter"),
+        ({"filter": MatchQuery("row", "name")}, "filter"),
         ({"nearest": {"k": 3}}, "nearest"),
         ({"nearest": {"probes": 3}}, "nearest"),
         ({"output": "q"}, "output"),

@@ -103,6 +103,12 @@ def test_many_texts_give_one_table_sorted_by_query(ray_session: object, uri: str
 def test_queries_that_cannot_be_sent_are_refused_where_they_would_have_to_be(ray_session: object, uri: str):
     with pytest.raises(InvalidArgumentError, match="partial"):
         lance_ray.full_text_search(uri, [MatchQuery("lance", "body")], num_workers=1)
+    found = lance_ray.full_text_search(uri, [lambda: MatchQuery("lance", "body")], columns=["id"], num_workers=1)
+    assert_best(found.drop_columns(["query_index"]), scores(uri, MatchQuery("lance", "body")), 10)
+    near = {"column": "vector", "q": random_vectors(1)[0]}
+    with pytest.raises(InvalidArgumentError, match="full_text_query"):
+        lance_ray.hybrid_search(uri, nearest=near, full_text_query=MatchQuery("lance", "body"), num_workers=1)
+    assert lance_ray.hybrid_search(uri, nearest=near, full_text_query=MatchQuery("lance", "body")).num_rows == 10
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import ray
+from lance.query import MatchQuery
 
 import lance_ray
 from lance_ray.errors import InvalidArgumentError, LanceRayError, StorageError, TableNotFoundError, VersionNotFoundError
+from tests.leaks import secret, shown
 from tests.tables import numbers, write
 
-SECRET = "sEcReT-0123456789"
+SECRET = secret("a secret of bad input", "sEcReT-0123456789")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,20 @@ BAD: list[tuple[Any, dict[str, Any], type[LanceRayError], list[str]]] = [
     (T, {"scanner_options": {"nearest": QUERY}, "filter": "nope > 3"}, InvalidArgumentError, ["filter", "nope"]),
     (T, {"scanner_options": {"nearest": QUERY, "full_text_query": "a"}}, InvalidArgumentError, ["full_text_query"]),
     (T, {"scanner_options": {"full_text_query": "a"}}, InvalidArgumentError, ["full_text_query", "INVERTED"]),
+    (
+        T,
+        {"full_text_query": MatchQuery("a", "text")},
+        InvalidArgumentError,
+        ["full_text_query='MatchQuery'", "partial"],
+    ),
+    (T, {"full_text_query": {"query": MatchQuery("a", "text")}}, InvalidArgumentError, ["full_text_query", "partial"]),
+    (T, {"scanner_options": {"full_text_query": MatchQuery("a", "text")}}, InvalidArgumentError, ["full_text_query"]),
+    (
+        T,
+        {"nearest": QUERY, "filter": MatchQuery("a", "text")},
+        InvalidArgumentError,
+        ["filter='MatchQuery'", "partial"],
+    ),
     (T, {"scanner_options": {"order_by": ["nope"]}}, InvalidArgumentError, ["order_by", "nope"]),
     # how it is cut
     (T, {"fragment_group_size": 0}, InvalidArgumentError, ["fragment_group_size", "0"]),
@@ -225,7 +241,7 @@ def test_an_unreachable_store_is_not_a_missing_table() -> None:
         (T, {"dataset_options": [{"aws_secret_access_key": SECRET}]}),
         (T, {"filter": f"url = 'https://user:{SECRET}@host/x' nonsense"}),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_no_credential_is_in_an_error(root: Path, monkeypatch: Any, uri: str, options: dict[str, Any]) -> None:
     monkeypatch.chdir(root)

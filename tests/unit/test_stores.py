@@ -28,8 +28,9 @@ from lance_ray.stores import (
     storage_options_of,
     translation_table,
 )
+from tests.leaks import secret
 
-SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
+SECRET = secret("the key of stores", "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEZ")
 SERVICE_ACCOUNT = json.dumps({"type": "service_account", "private_key": SECRET})
 URIS = {"s3": "s3://bucket/t", "gcs": "gs://bucket/t", "azure": "az://container/t", "oss": "oss://bucket/t"}
 URIS["tos"] = "tos://bucket/t"
