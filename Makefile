@@ -5,7 +5,7 @@ LOWEST := .venv-lowest/bin
 FOLDERS := $(wildcard lance_ray tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest lint fmt bench clean
+.PHONY: help demo test test-all test-lowest lint fmt docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ lint: .venv/ready  ## ruff, mypy, and a reason for every exception to them
 fmt: .venv/ready  ## format the code and fix what can be fixed without thinking
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+docs: .venv/ready  ## the documentation as a site in build/site, every warning an error
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: .venv/ready  ## time reading and writing against plain pylance
 	$(BIN)/python -m benchmarks $(ARGS)

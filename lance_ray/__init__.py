@@ -30,10 +30,13 @@ version) and *commit* (one module), and each question has one file:
 ``commit``            the only place that commits: committed, not committed, or unknown
 ``planning``          how scans are cut into tasks (values in, values out)
 ``read``              the worker side of reading
+``blobs``             blob columns as bytes, ranges, handles
+``blob_ingest``       ``ingest_blobs``: payloads from URLs
 ``datasource``        ``read_lance`` and Ray's Datasource
 ``write``             the worker side of writing
-``datasink``          ``write_lance`` and Ray's Datasink
-``fragment``          writers and committers made by hand
+``datasink``          Ray's Datasinks: blocks to files, files to one commit
+``writing``           ``write_lance``: a write as tasks, as a stream, or in this process
+``fragment``          writers made by hand
 ``cleanup``           ``cleanup_orphans``
 ``namespaces``        catalogs for users: connect, create, register, list, describe, drop
 ``transforms``        what computes columns: SQL, functions, classes
@@ -56,13 +59,18 @@ version) and *commit* (one module), and each question has one file:
 ``compaction``        ``compact_files`` and its worker side
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
+``cli``               the command line ``lance-ray``
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
+``io``, ``pool``,     lance-ray's modules of these names, for code that imports from them
+``pandas``
 ====================  ==================================================================================
 
 Importing makes ``ray.data.read_lance`` and ``Dataset.write_lance`` this connector, unless the environment says
 ``LANCE_RAY_PATCH_RAY_DATA=0``; :func:`restore_ray_data` undoes it. It never starts Ray and opens no file.
 """
 
+from lance_ray.blob_ingest import ingest_blobs
+from lance_ray.blobs import BlobHandle, open_blobs
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
@@ -75,7 +83,7 @@ from lance_ray.compaction import (
     PlannedRewrite,
     compact_files,
 )
-from lance_ray.datasink import WriteReport, write_lance
+from lance_ray.datasink import LanceFragmentCommitter
 from lance_ray.datasource import read_lance
 from lance_ray.errors import (
     CommitConflictError,
@@ -95,7 +103,7 @@ from lance_ray.errors import (
     VersionNotFoundError,
     WorkerEnvironmentError,
 )
-from lance_ray.fragment import LanceFragmentCommitter, LanceFragmentWriter
+from lance_ray.fragment import LanceFragmentWriter
 from lance_ray.health import FragmentHealth, IndexHealth, TableHealth, table_health
 from lance_ray.index import create_index, create_scalar_index
 from lance_ray.index_build import IndexReport
@@ -133,11 +141,13 @@ from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, resto
 from lance_ray.search import vector_search
 from lance_ray.stores import AzureConfig, GCSConfig, IOConfig, OSSConfig, S3Config
 from lance_ray.text_search import full_text_search, hybrid_search
+from lance_ray.writing import WriteReport, write_lance
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AzureConfig",
+    "BlobHandle",
     "ChangeReport",
     "CleanupReport",
     "ColumnsReport",
@@ -200,12 +210,14 @@ __all__ = [
     "full_text_search",
     "get_global_pool",
     "hybrid_search",
+    "ingest_blobs",
     "init_global_pool",
     "list_indices",
     "list_tables",
     "merge_columns",
     "merge_columns_from",
     "nearest_join",
+    "open_blobs",
     "optimize_indices",
     "patch_ray_data",
     "prewarm",

@@ -71,6 +71,8 @@ def to_arrow(block: Any) -> pa.Table:
     table = block if isinstance(block, pa.Table) else _from_ray(block)
     if not table.num_rows:
         table = _without_pickled(table)
+    for field in table.schema:
+        _refuse_descriptors(field, field.name)
     return align(table, unify([table.schema], stored=False))
 
 
@@ -350,6 +352,15 @@ def _stored_fields(fields: Iterable[pa.Field], prefix: str) -> list[pa.Field]:
         if not name or "`" in name:
             _mismatch(prefix + name, "a name without backticks", repr(name), "the engine cannot read such a column")
     return stored
+
+
+def _refuse_descriptors(field: pa.Field, path: str) -> None:
+    """Descriptors say where payloads are in the table that they were read from, and mean nothing elsewhere."""
+    marked = (field.metadata or {}).get(b"lance-encoding:blob") == b"true"
+    if marked and pa.types.is_struct(field.type) and "position" in [item.name for item in field.type]:
+        _mismatch(path, "bytes", "descriptors of blobs", "read the column with blobs='bytes' to write it again")
+    for inner in field.type if pa.types.is_struct(field.type) else ():
+        _refuse_descriptors(inner, f"{path}.{inner.name}")
 
 
 def _stored(kind: pa.DataType, path: str) -> pa.DataType:

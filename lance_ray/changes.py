@@ -56,9 +56,14 @@ def drop_columns(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        A :class:`ChangeReport`: the version that has the change.
+
     Raises:
         InvalidArgumentError: the table lacks one of them, or would have none left.
         CommitConflictError, StorageError: nothing is changed.
+
+    Appends, deletes, updates and compactions by others meanwhile land beside it; changes of the schema conflict.
     """
     names = [columns] if isinstance(columns, str) else list(columns)
     if not names:
@@ -99,9 +104,15 @@ def alter_columns(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        A :class:`ChangeReport`: the version that has the change.
+
     Raises:
         InvalidArgumentError: an alteration is not of this form, or the engine refuses it.
         CommitConflictError, StorageError: nothing is changed.
+
+    Appends, deletes, updates and compactions by others meanwhile land beside a new name or nullability; changes of the
+    schema conflict. A cast conflicts with every other commit: run it again.
     """
     if not alterations:
         raise InvalidArgumentError("alterations", (), "must name at least one column")
@@ -145,9 +156,15 @@ def delete(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        A :class:`ChangeReport`: the version that has the change.
+
     Raises:
         InvalidArgumentError: the predicate does not parse, or names an unknown column.
         CommitConflictError, StorageError: nothing is deleted.
+
+    Rows that others append meanwhile are not deleted. Deletes, updates and compactions of the same rows by others are
+    rebased or repeated by the engine; an overwrite conflicts.
     """
     if not isinstance(predicate, str) or not predicate.strip():
         raise InvalidArgumentError("predicate", predicate, "must be a SQL expression; 'true' deletes every row")
@@ -183,9 +200,14 @@ def restore(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        A :class:`ChangeReport`: the version that has the change.
+
     Raises:
         VersionNotFoundError: there is no such version.
         CommitConflictError, StorageError: the newest version is as it was.
+
+    Nothing conflicts with it: what others commit meanwhile is undone with the rest, and stays readable as a version.
     """
     if version is None:
         raise InvalidArgumentError("version", None, "must be a number or a tag")

@@ -161,6 +161,9 @@ def merge_columns_from(
         io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
 
+    Returns:
+        A :class:`ColumnsReport`: the version, and how many rows got values.
+
     Raises:
         RowCoverageError: rows of ``ds`` occur twice or are unknown to the table, or rows of the table are missing.
         SnapshotChangedError: others appended rows (with full coverage), or changed fragments that have new values.

@@ -377,6 +377,8 @@ def update_columns(
     Raises:
         RowCoverageError: ``ds`` names a row twice, or rows that the table does not have; nothing is changed.
         LanceRayError: as for :func:`add_columns`.
+
+    What is said of failures and of changes by others at :func:`add_columns` holds here, too.
     """
     from lance_ray.column_merge import MergeOptions, update_from
 

@@ -684,3 +684,12 @@ def _for_workers(table: PinnedTable) -> PinnedTable:
 def _brief(fragments: Sequence[int], limit: int = 10) -> str:
     shown = ", ".join(map(str, fragments[:limit]))
     return f"[{shown}]" if len(fragments) <= limit else f"[{shown}, ... {len(fragments)} in all]"
+
+
+def __getattr__(name: str) -> Any:
+    """``compact_database`` too, which lance-ray has in its module of this name; ours builds on this one."""
+    if name == "compact_database":
+        from lance_ray.maintenance import compact_database
+
+        return compact_database
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,91 +1,55 @@
-"""Writing with Ray Data: :func:`write_lance`, the Ray Datasink behind it, and the commit of what its tasks wrote."""
+"""Ray's Datasinks for Lance: what ``write_lance`` gives to Ray, and two for ``Dataset.write_datasink``.
+
+:class:`LanceDatasink` writes blocks to files and commits them; :class:`LanceFragmentCommitter` commits the rows that
+:class:`lance_ray.LanceFragmentWriter` returned from a ``map_batches``. Both make one commit, or leave the table as it
+was.
+"""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-import functools
+import json
 import logging
-import time
+import pickle
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
-from ray.data import DataContext, Dataset
+from ray.data import DataContext
+from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
 from lance_ray import commit
-from lance_ray.arrow import check_fits, check_names, in_file, reads_as, to_arrow, unify
+from lance_ray.arrow import check_fits, in_file, reads_as, unify
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
     LanceRayError,
-    StorageError,
+    SchemaMismatchError,
     TableExistsError,
-    TableNotFoundError,
-    translate_errors,
-    unwrap,
 )
-from lance_ray.executors import check_ray_options
-from lance_ray.ledger import JobRef
-from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
+from lance_ray.ledger import JobRef, delete_files, untracked
+from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.preflight import check_cluster
 from lance_ray.retry import RetryPolicy
 from lance_ray.runner import run_tasks
-from lance_ray.table import PinnedTable, TableRef, WriteTarget
-from lance_ray.write import WriteSpec, WrittenFile, format_of, rewrite_file, write_blocks
+from lance_ray.table import TableRef, WriteTarget
+from lance_ray.write import WriteSpec, WrittenFile, format_of, paths_of, rewrite_file, write_blocks
 
 logger = logging.getLogger(__name__)
 
-_LEADING_ROWS = "lance_ray.leading_rows"
-_BUNDLE = "#"  # between a job id, which cannot have it, and the number of a bundle
+FRAGMENT_COLUMNS = ("fragment", "schema", "rows", "bytes", "metadata")
+"""What :class:`lance_ray.LanceFragmentWriter` returns for each file."""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteReport:
-    """What a write did, and what the table looks like after it."""
-
-    target: str
-    version: int
-    """The version that holds the rows."""
-    rows: int = 0
-    """Rows written by this call."""
-    bytes: int = 0
-    """Their size in memory."""
-    files: int = 0
-    """Data files written."""
-    fragments: int = 0
-    """Fragments of the table now."""
-    small_files: int = 0
-    """Fragments of the table that compaction would merge."""
-    deleted_rows: int = 0
-    """Rows of the table that are marked deleted."""
-    seconds: float = 0.0
-    job_id: str = ""
-    versions: tuple[int, ...] = ()
-    """All versions made by this call (several with ``stream=True``)."""
-    schema_changes: tuple[str, ...] = ()
-    """Columns that others added meanwhile; null in the rows of this call."""
-    skipped: bool = False
-    """Nothing was written: the table exists (mode ``ignore``), or the job of this id had committed before."""
-
-    def __str__(self) -> str:
-        if self.skipped:
-            return f"{self.target}: nothing written, version {self.version}"
-        rate = self.bytes / 1e6 / self.seconds if self.seconds else 0.0
-        text = (
-            f"{self.target}: {self.rows:,} rows, {self.bytes / 1e6:,.1f} MB in {self.files} file(s),"
-            f" {self.seconds:.2f} s ({rate:,.0f} MB/s), version {self.version}, {self.fragments} fragment(s)"
-        )
-        return text + (f"; null in new columns {list(self.schema_changes)}" if self.schema_changes else "")
-
-
-class LanceDatasink(Datasink[list[WrittenFile]]):
+class TableSink(Datasink[list[WrittenFile]]):
     """The Ray side of one write. Tasks write files; the driver commits them once, or removes them."""
 
     def __init__(self, spec: WriteSpec, options: CommitOptions) -> None:
@@ -157,7 +121,7 @@ class LanceDatasink(Datasink[list[WrittenFile]]):
 
 
 def commit_files(
-    sink: LanceDatasink,
+    sink: TableSink,
     spec: WriteSpec,
     files: Sequence[WrittenFile],
     options: CommitOptions,
@@ -262,252 +226,19 @@ def field_ids(schema: LanceSchema) -> dict[tuple[str, ...], int]:
     return dict(walk(schema.fields(), ()))
 
 
-@dataclass(frozen=True, slots=True)
-class WriteJob:
-    """A write, folded from the public keywords and checked."""
-
-    ref: TableRef
-    options: WriteOptions
-    commit: CommitOptions
-    ray_remote_args: dict[str, Any] | None = None
-    concurrency: int | None = None
-
-
-def write_lance(
-    ds: Dataset,
-    uri: Any = None,
-    *,
-    table_id: Sequence[str] | None = None,
-    schema: pa.Schema | None = None,
-    mode: Any = "create",
-    min_rows_per_file: int = 1024 * 1024,
-    max_rows_per_file: int = 64 * 1024 * 1024,
-    max_bytes_per_file: int | None = None,
-    data_storage_version: str | None = None,
-    enable_stable_row_ids: bool = False,
-    storage_options: Any = None,
-    base_store_params: dict[str, dict[str, str]] | None = None,
-    initial_bases: Sequence[Any] | None = None,
-    target_bases: Sequence[str] | None = None,
-    external_blob_mode: str = "reference",
-    allow_external_blob_outside_bases: bool = False,
-    namespace_impl: Any = None,
-    namespace_properties: dict[str, str] | None = None,
-    rest_config: LanceRestConfig | None = None,
-    io_config: Any = None,
-    commit_message: str | None = None,
-    transaction_properties: dict[str, str] | None = None,
-    commit_lock: Any = None,
-    job_id: str | None = None,
-    ray_remote_args: dict[str, Any] | None = None,
-    concurrency: int | None = None,
-    stream: bool = False,
-    batch_size: int | None = None,
-    resume_rows: int = 0,
-) -> WriteReport:
-    """Write a Ray Dataset to a Lance table: files on the workers, then one commit on the driver.
-
-    Args:
-        ds: the rows.
-        uri: path or URI of the table.
-        table_id: the table's name in a namespace, with ``namespace_impl``; a new table is declared there.
-        schema: what the table shall have. Blocks are aligned to it by name: reordered, cast where no value changes
-            (floats may be rounded to a narrower float type that it names), missing nullable columns null. In an append
-            the table's own decides, and one that cannot fit it is refused. Without a schema a new table gets the union
-            of the blocks' schemas.
-        mode: ``create`` (a table must not exist), ``append`` (it must), ``overwrite`` (rows and schema are replaced in
-            one commit), ``ignore`` (do nothing if it exists), or Ray's ``SaveMode``.
-        min_rows_per_file: other than the default, rows decide how much one task writes; by default bytes do (256 MiB).
-        max_rows_per_file: rows of a file at most.
-        max_bytes_per_file: bytes in memory of a file at most; an estimate where widths vary.
-        data_storage_version: file format of a new table; the engine's default.
-        enable_stable_row_ids: for a new table: row ids survive compaction and updates.
-        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes;
-            vended ones of a namespace win over them.
-        base_store_params: storage options of further bases, by base URI.
-        initial_bases: base paths to register with a new table.
-        target_bases: names or paths of bases that the files go to.
-        external_blob_mode: ``reference`` or ``ingest`` for blobs given by URI.
-        allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
-        namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
-        namespace_properties: what the namespace is connected with.
-        rest_config: the server of a ``rest://`` address.
-        io_config: another name of ``storage_options``.
-        commit_message: kept with the version.
-        transaction_properties: kept with the version.
-        commit_lock: for stores without atomic commits.
-        job_id: makes the write repeatable: a job that committed before (within the newest 256 versions) is not written
-            again, and what a killed run of the same id left is removed first.
-        ray_remote_args: options of ``ray.remote`` for the write tasks.
-        concurrency: write tasks at once at most.
-        stream: write on the driver, in order, with bounded memory; an append commits every 256 MiB.
-        batch_size: rows read at a time with ``stream``.
-        resume_rows: leading rows to skip with ``stream``.
-
-    Returns:
-        A report; with it, the rows are in the table exactly once.
-
-    Raises:
-        InvalidArgumentError, TableExistsError, TableNotFoundError, StorageError, WorkerEnvironmentError: before any
-            task starts.
-        SchemaMismatchError: blocks do not fit the schema or each other.
-        CommitConflictError: others kept winning.
-        CommitOutcomeUnknownError: the commit's answer was lost and the table cannot tell; no file was removed.
-
-    A transient storage error is retried by the number of attempts and the longest wait that
-    ``DataContext.lance_config`` sets for writes; which errors are transient is decided by their type.
-
-    After any error but the last the table is as it was, and the files that the job finished are removed (what a killed
-    process left goes with :func:`lance_ray.cleanup_orphans` or the next run of the same job id). Concurrent appends all
-    land. A concurrent change of the schema that the written rows do not fit is a SchemaMismatchError.
-    """
-    job = WriteJob(
-        TableRef.fold(
-            uri,
-            {
-                "table_id": table_id,
-                "namespace_impl": namespace_impl,
-                "namespace_properties": namespace_properties,
-                "rest_config": rest_config,
-                "io_config": io_config,
-                "storage_options": storage_options,
-                "base_store_params": base_store_params,
-            },
-            open_options=OpenOptions(commit_lock=commit_lock),
-        ),
-        WriteOptions(
-            mode,
-            schema,
-            min_rows_per_file,
-            max_rows_per_file,
-            max_bytes_per_file,
-            data_storage_version,
-            enable_stable_row_ids,
-            initial_bases,
-            target_bases,
-            external_blob_mode,
-            allow_external_blob_outside_bases,
-        ),
-        CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id),
-        ray_remote_args,
-        concurrency,
-    )
-    check_positive("concurrency", concurrency)
-    check_positive("batch_size", batch_size)
-    check_positive("resume_rows", resume_rows, optional=False, zero=True)
-    check_flag("stream", stream)
-    check_ray_options(ray_remote_args)
-    if not isinstance(ds, Dataset):
-        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
-    if not stream and (resume_rows or batch_size is not None):
-        raise InvalidArgumentError(
-            "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
-        )
-    if stream and (ray_remote_args or concurrency is not None):
-        name = "concurrency" if concurrency is not None else "ray_remote_args"
-        raise InvalidArgumentError(
-            name, concurrency or sorted(ray_remote_args or ()), "stream=True writes on the driver"
-        )
-    streaming = functools.partial(_run_streaming, _Streaming(batch_size, resume_rows), job, ds)
-    return _run(job, streaming if stream else functools.partial(_run_tasks, job, ds))
-
-
-@dataclass(frozen=True, slots=True)
-class _Streaming:
-    batch_size: int | None
-    skip: int
-    """Leading rows that are in the table already."""
-    bundle: int = 0
-    """Number of the first bundle to commit."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What a write did: the files, the commits, and whether an earlier run of the job had done it all."""
-
-    files: tuple[WrittenFile, ...]
-    receipts: tuple[CommitReceipt, ...]
-    skipped: bool = False
-
-
-_Write = Callable[[WriteSpec, CommitOptions], _Done]
-
-
-def write_here(job: WriteJob, tables: Iterable[Any]) -> WriteReport:
-    """Write Arrow tables or batches in this process, without Ray, as one commit."""
-    return _run(job, functools.partial(_run_here, tables))
-
-
-def _run_here(tables: Iterable[Any], spec: WriteSpec, options: CommitOptions) -> _Done:
-    sink = LanceDatasink(spec, options)
-    try:
-        files = write_blocks(spec, tables)
-        receipt = commit_files(sink, spec, files, options)
-    except BaseException as error:
-        sink.abandon(error)  # whatever it was goes on to the caller
-        raise
-    return _Done(tuple(files), () if receipt is None else (receipt,))
-
-
-def _run(job: WriteJob, write: _Write) -> WriteReport:
-    started = time.monotonic()
-    mode, named = job.options.mode, job.commit.job_id is not None
-    if named:
-        landed = _earlier_run(job)
-        if landed is not None:
-            return _report(job, landed, (), None, started, skipped=True)
-    target = WriteTarget.resolve(job.ref, mode)
-    if target.mode == "ignore" and target.base is not None:
-        return _report(job, target.base, (), None, started, skipped=True)
-    check_target(target, job.options)
-    spec = _spec_of(job, target)
-    ledger = spec.job
-    assert ledger is not None  # noqa: S101 - _spec_of() gives it one
-    options = dataclasses.replace(job.commit, job_id=ledger.job_id)
-    try:
-        with ledger.running(f"write ({mode})", exclusive=named):
-            _check_workers(ledger)
-            done = write(spec, options)
-    except TableExistsError:
-        if mode != "ignore":
-            raise
-        return _report(job, target.table, (), None, started, skipped=True)
-    try:
-        ledger.close(sum(1 for file in done.files if file.rows))
-    except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
-        logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
-    return _report(job, target.table, done.files, done.receipts, started, skipped=done.skipped)
-
-
-def _spec_of(job: WriteJob, target: WriteTarget) -> WriteSpec:
-    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
-    return WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
-
-
-def _retry() -> RetryPolicy:
+def write_retry() -> RetryPolicy:
+    """How often a worker tries to write a file, as Ray's context says."""
     config = DataContext.get_current().lance_config
     return RetryPolicy(config.write_fragments_max_attempts, max_delay=config.write_fragments_retry_max_backoff_s)
 
 
-def _check_workers(ledger: JobRef) -> None:
+def check_workers(ledger: JobRef) -> None:
+    """Refuse a cluster that cannot write to the table; the ledger is closed then."""
     try:
         check_cluster([ledger.table], witness=ledger.witness)
     except BaseException:  # whatever it is, also an interrupt: it goes on
         ledger.discard()
         raise
-
-
-def _earlier_run(job: WriteJob) -> PinnedTable | None:
-    """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
-    try:
-        table = job.ref.unpinned()
-        ledger = JobRef(table, job.commit.operation_id)
-        ledger.end_earlier_runs()  # before the look at the table: what is over by now shows there
-        newest = table.open_latest()
-    except TableNotFoundError:
-        return None
-    found = commit.find_operation(newest, ledger.job_id, max(0, newest.version - commit.HISTORY), table.secrets)
-    return None if found is None else dataclasses.replace(table, version=found)
 
 
 def check_target(target: WriteTarget, options: WriteOptions) -> None:
@@ -540,149 +271,265 @@ def files_schema(target: WriteTarget, options: WriteOptions) -> pa.Schema | None
     return target.schema
 
 
-def _run_tasks(job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptions) -> _Done:
-    sink = LanceDatasink(spec, options)
-    try:
-        sink.fallback_schema = _checked_schema(ds, spec)
-        ds.write_datasink(sink, ray_remote_args=dict(job.ray_remote_args or {}), concurrency=job.concurrency)
-    except BaseException as error:
-        # Ctrl-C does not reach on_write_failed; whatever it was goes on to the caller, in the package's own type.
-        sink.abandon(error)
-        cause = unwrap(error)
-        if cause is error:
-            raise
-        raise cause from error
-    return _Done(sink.written, () if sink.receipt is None else (sink.receipt,))
+def resolve_target(ref: TableRef, options: WriteOptions) -> WriteTarget:
+    """The table to write, looked at now.
+
+    Raises:
+        InvalidArgumentError: an option does not go with it, or the mode is ``ignore``, which is no write.
+        TableExistsError, TableNotFoundError: by the mode.
+    """
+    if options.mode == "ignore":
+        raise InvalidArgumentError("mode", options.mode, "must be 'create', 'append' or 'overwrite' for these two")
+    target = WriteTarget.resolve(ref, options.mode)
+    check_target(target, options)
+    return target
 
 
-def _checked_schema(ds: Dataset, spec: WriteSpec) -> pa.Schema | None:
-    """The dataset's schema where Ray knows it; its names are checked before any task starts."""
-    known = _known_schema(ds)
-    if known is not None and spec.schema is None:
-        check_names(known)
-    return known
+class LanceDatasink(TableSink):
+    """A sink for ``Dataset.write_datasink``: rows to files on the workers, then one commit on the driver.
+
+    ``ds.write_datasink(LanceDatasink(uri, mode="append"))`` does what ``write_lance(ds, uri, mode="append")`` does, but
+    for the report, a job id, and the removal of files after Ctrl-C, which Ray does not tell a sink of: those then go
+    with :func:`lance_ray.cleanup_orphans` once the process has ended.
+    """
+
+    def __init__(
+        self,
+        uri: Any = None,
+        table_id: Sequence[str] | None = None,
+        *,
+        schema: pa.Schema | None = None,
+        mode: Any = "create",
+        min_rows_per_file: int = 1024 * 1024,
+        max_rows_per_file: int = 64 * 1024 * 1024,
+        max_bytes_per_file: int | None = None,
+        data_storage_version: str | None = None,
+        enable_stable_row_ids: bool = False,
+        storage_options: Any = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        initial_bases: Sequence[Any] | None = None,
+        target_bases: Sequence[str] | None = None,
+        external_blob_mode: str = "reference",
+        allow_external_blob_outside_bases: bool = False,
+        namespace_impl: Any = None,
+        namespace_properties: dict[str, str] | None = None,
+        rest_config: LanceRestConfig | None = None,
+        io_config: Any = None,
+        commit_message: str | None = None,
+        transaction_properties: dict[str, str] | None = None,
+    ) -> None:
+        """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        self._ref = TableRef.fold(uri, address)
+        self._given = WriteOptions(
+            mode,
+            schema,
+            min_rows_per_file,
+            max_rows_per_file,
+            max_bytes_per_file,
+            data_storage_version,
+            enable_stable_row_ids,
+            initial_bases,
+            target_bases,
+            external_blob_mode,
+            allow_external_blob_outside_bases,
+        )
+        self._commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
+        self._stop: Callable[[], Any] | None = None
+        super().__init__(*self._resolved())
+
+    def _resolved(self) -> tuple[WriteSpec, CommitOptions]:
+        """A new run: a sink that has written may write again."""
+        target = resolve_target(self._ref, self._given)
+        ledger = JobRef(target.table, self._commit.operation_id, target.base_version)
+        spec = WriteSpec(target, self._given, files_schema(target, self._given), ledger, write_retry())
+        return spec, dataclasses.replace(self._commit, job_id=ledger.job_id)
+
+    def on_write_start(self, schema: pa.Schema | None = None) -> None:
+        """Runs on the driver before the first task: opens the ledger of the job."""
+        if self._receipt is not None or self._keep_files:
+            super().__init__(*self._resolved())
+        self.fallback_schema = schema if isinstance(schema, pa.Schema) else None
+        ledger = self._spec.job
+        assert ledger is not None  # noqa: S101 - _resolved() gives it one
+        running = ExitStack()
+        running.enter_context(ledger.running(f"write ({self._given.mode})"))
+        # Ray does not tell a sink of an interrupt: the heartbeat ends with the sink at the latest.
+        self._stop = weakref.finalize(self, running.close)
+        check_workers(ledger)
+
+    def on_write_complete(self, write_result: WriteResult[list[WrittenFile]]) -> None:
+        """Runs on the driver: one commit, and the end of the ledger."""
+        if self._stop is None:  # Ray starts no sink for a dataset without blocks
+            self.on_write_start()
+        super().on_write_complete(write_result)
+        ledger = self._spec.job
+        assert ledger is not None  # noqa: S101 - _resolved() gives it one
+        try:
+            ledger.close(sum(1 for file in self._written if file.rows))
+        except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
+            logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
+        self._end()
+
+    def on_write_failed(self, error: Exception) -> None:
+        """Runs on the driver: removes the job's files when it is certain that they are not in the table."""
+        if self._stop is not None:
+            super().on_write_failed(error)
+            self._end()
+
+    def _end(self) -> None:
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stop": None}
 
 
-def _known_schema(ds: Dataset, *, fetch: bool = False) -> pa.Schema | None:
-    """The dataset's schema, by default only where Ray knows it without running anything."""
-    try:
-        found = ds.schema(fetch_if_missing=fetch)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # its blocks differ in a way that Ray cannot put together
+class LanceFragmentCommitter(TableSink):
+    """The sink for rows that :class:`LanceFragmentWriter` returned: collects them and commits once on the driver.
+
+    After a failure of the job, the files that reached the committer are removed when it is certain that they were not
+    committed.
+    """
+
+    def __init__(
+        self,
+        uri: Any = None,
+        table_id: Sequence[str] | None = None,
+        *,
+        schema: pa.Schema | None = None,
+        mode: Any = "create",
+        enable_stable_row_ids: bool = False,
+        storage_options: Any = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        initial_bases: Sequence[Any] | None = None,
+        target_bases: Sequence[str] | None = None,
+        namespace_impl: Any = None,
+        namespace_properties: dict[str, str] | None = None,
+        rest_config: LanceRestConfig | None = None,
+        io_config: Any = None,
+        commit_message: str | None = None,
+        transaction_properties: dict[str, str] | None = None,
+    ) -> None:
+        """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "rest_config": rest_config,
+            "io_config": io_config,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        ref = TableRef.fold(uri, address)
+        options = WriteOptions(
+            mode,
+            schema,
+            enable_stable_row_ids=enable_stable_row_ids,
+            initial_bases=initial_bases,
+            target_bases=target_bases,
+        )
+        target = resolve_target(ref, options)
+        commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
+        spec = WriteSpec(target, options, files_schema(target, options))
+        super().__init__(spec, dataclasses.replace(commit, job_id=commit.operation_id))
+
+    def get_name(self) -> str:
+        """The name that Ray shows for the commit."""
+        return f"LanceCommitter({self._spec.options.mode})"
+
+    @property
+    def min_rows_per_write(self) -> int | None:
+        """None: the rows are few and small."""
         return None
-    base = getattr(found, "base_schema", None)
-    return base if isinstance(base, pa.Schema) else None
+
+    @property
+    def min_bytes_per_write(self) -> int | None:
+        """None: as above."""
+        return None
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[WrittenFile]:  # noqa: ARG002 - Ray's signature
+        """Runs on a worker: hands the rows on to the driver."""
+        return [file for block in blocks for file in _from_rows(BlockAccessor.for_block(block).to_arrow())]
+
+    def on_write_complete(self, write_result: WriteResult[list[WrittenFile]]) -> None:
+        """Runs on the driver: one commit, after a look at whether the files were written for it."""
+        self._written = tuple(file for files in write_result.write_returns for file in files or ())
+        for file in self._written:
+            if file.rows:
+                _check_file(self._spec, file)
+        super().on_write_complete(write_result)
+
+    def on_write_failed(self, error: Exception) -> None:
+        """Runs on the driver. Removes what reached the committer, if it is certain that it was not committed."""
+        super().on_write_failed(error)
+        spec = self._spec
+        if self._receipt is None and not self._keep_files:
+            metadata = [file.metadata() for file in self._written if file.fragment]
+            table = spec.target.table
+            delete_files(table, untracked(table, paths_of(spec, metadata), spec.target.base_version))
 
 
-def _resumed(streaming: _Streaming, job: WriteJob, base: PinnedTable) -> _Streaming:
-    """The same, past the bundles that earlier runs of the job appended."""
-    newest = base.open()
-    for _, properties in commit.history(newest, max(0, newest.version - commit.HISTORY), base.secrets):
-        job_id, _, number = properties[commit.OPERATION_ID].rpartition(_BUNDLE)
-        if job_id == job.commit.job_id:
-            return dataclasses.replace(streaming, skip=int(properties[_LEADING_ROWS]), bundle=int(number) + 1)
-    return streaming
+def _check_file(spec: WriteSpec, file: WrittenFile) -> None:
+    """Refuse a file that its writer made for another target: the engine would read other columns than it has.
+
+    Raises:
+        SchemaMismatchError: the file does not have the columns of the table, or of the committer's schema.
+        InvalidArgumentError: the mode of the writer was another one, or the table has changed since.
+    """
+    base = spec.target.base if spec.target.mode == "append" else None
+    schema = file.arrow_schema
+    if spec.schema is not None:
+        fitting = schema if base is not None else unify([spec.schema, schema])
+        if not fitting.equals(spec.schema):
+            differing = [item for item in schema if item not in list(spec.schema)]
+            raise SchemaMismatchError(
+                f"the writer's files do not have the schema of the committer: {[str(item) for item in differing]}"
+                f" instead of {[str(item) for item in spec.schema]}",
+                columns=[item.name for item in differing],
+                expected=str(spec.schema),
+                actual=str(schema),
+            )
+    if file.fragment is None:
+        return
+    numbered = LanceSchema.from_pyarrow(written_schema(spec, file)) if base is None else base.open().lance_schema
+    found = [item for part in file.metadata().files for item in part.fields]
+    if found != [item for item in field_ids(numbered).values() if item in set(found)]:
+        raise InvalidArgumentError(
+            "mode", spec.target.mode, "the files were written for another mode, or for another version of the table"
+        )
 
 
-def _run_streaming(streaming: _Streaming, job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptions) -> _Done:
-    """Write on the driver in order; appends commit bundle by bundle, anything else once at the end."""
-    appends, base = spec.target.mode == "append", spec.target.base
-    if job.commit.job_id is not None and appends and base is not None:
-        streaming = _resumed(streaming, job, base)
-    sink = LanceDatasink(spec, options)
-    files: list[WrittenFile] = []
-    receipts: list[CommitReceipt] = []
-    try:
-        sink.fallback_schema = _checked_schema(ds, spec)
-        for number, tables in enumerate(_bundles(_tables(ds, streaming), spec.options), streaming.bundle):
-            bundle = write_blocks(spec, tables)
-            files += bundle
-            if appends:
-                # Under an id of its own, so that a lost answer is told from the bundles before it.
-                since = receipts[-1].version if receipts else spec.target.base_version
-                landing = Landing(f"{options.operation_id}{_BUNDLE}{number}", since)
-                rows = streaming.skip + sum(file.rows for file in files)
-                receipts += filter(None, [commit_files(sink, spec, bundle, _with_progress(options, rows), landing)])
-        if not appends:
-            if not files and spec.schema is None:
-                sink.fallback_schema = _known_schema(ds, fetch=True)
-            receipts += filter(None, [commit_files(sink, spec, files, options)])
-    except BaseException as error:
-        sink.abandon(error)  # the rows of finished commits stay
-        raise
-    return _Done(tuple(files), tuple(receipts), skipped=not receipts and streaming.bundle > 0)
+def _from_rows(rows: pa.Table) -> list[WrittenFile]:
+    missing = [name for name in FRAGMENT_COLUMNS if name not in rows.schema.names]
+    if missing and rows.num_rows:
+        raise InvalidArgumentError(
+            "ds", rows.schema.names, f"must be what LanceFragmentWriter returns; lacks {missing}"
+        )
+    return [file_of_row(item) for item in rows.to_pylist()]
 
 
-def _with_progress(options: CommitOptions, rows: int) -> CommitOptions:
-    """The same, noting how many leading rows of the input are in the table with this commit, for a next run."""
-    return dataclasses.replace(options, notes=((_LEADING_ROWS, str(rows)),))
+def row_of_file(file: WrittenFile) -> dict[str, Any]:
+    """A file as a row of :data:`FRAGMENT_COLUMNS`: the first two are for code that unpickles them itself."""
+    return {
+        "fragment": None if file.fragment is None else pickle.dumps(file.metadata()),
+        "schema": pickle.dumps(file.arrow_schema),
+        "rows": file.rows,
+        "bytes": file.size_bytes,
+        "metadata": json.dumps({"fragment": file.fragment, "schema": base64.b64encode(file.schema).decode()}),
+    }
 
 
-def _tables(ds: Dataset, streaming: _Streaming) -> Iterator[pa.Table]:
-    skip = streaming.skip
-    with _in_order(ds):
-        for batch in ds.iter_batches(batch_size=streaming.batch_size, batch_format="pyarrow"):
-            table = to_arrow(batch)
-            rest = table.slice(min(skip, table.num_rows))
-            skip -= table.num_rows - rest.num_rows
-            if rest.num_rows:
-                yield rest
-
-
-@contextmanager
-def _in_order(ds: Dataset) -> Iterator[None]:
-    """Without this, blocks come as their tasks finish."""
-    options = ds.context.execution_options
-    before, options.preserve_order = options.preserve_order, True
-    try:
-        yield
-    finally:
-        options.preserve_order = before
-
-
-def _bundles(tables: Iterable[pa.Table], options: WriteOptions) -> Iterator[list[pa.Table]]:
-    enough = options.min_rows_per_file if options.rows_decide else options.bundle_bytes
-    held: list[pa.Table] = []
-    size = 0
-    for table in tables:
-        held.append(table)
-        size += table.num_rows if options.rows_decide else table.nbytes
-        if size >= enough:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
-
-
-def _report(
-    job: WriteJob,
-    table: PinnedTable,
-    files: Sequence[WrittenFile],
-    receipts: Sequence[CommitReceipt] | None,
-    started: float,
-    *,
-    skipped: bool = False,
-) -> WriteReport:
-    try:
-        dataset = table.open_at(receipts[-1].version) if receipts else table.open_latest()
-        with translate_errors("read the statistics of", table.uri, secrets=table.secrets):
-            stats: dict[str, Any] = dict(dataset.stats.dataset_stats())
-        version = dataset.version
-    except (TableNotFoundError, StorageError) as error:
-        if not receipts and not isinstance(error, TableNotFoundError):
-            raise
-        stats, version = {}, receipts[-1].version if receipts else 0  # the rows are in the table all the same
-    return WriteReport(
-        target=job.ref.target,
-        version=table.version if skipped and table.version else version,
-        rows=sum(file.rows for file in files),
-        bytes=sum(file.size_bytes for file in files),
-        files=sum(1 for file in files if file.rows),
-        fragments=stats.get("num_fragments", 0),
-        small_files=stats.get("num_small_files", 0),
-        deleted_rows=stats.get("num_deleted_rows", 0),
-        seconds=time.monotonic() - started,
-        job_id=job.commit.job_id or "",
-        versions=tuple(receipt.version for receipt in receipts or ()),
-        schema_changes=tuple(dict.fromkeys(name for receipt in receipts or () for name in receipt.schema_changes)),
-        skipped=skipped,
-    )
+def file_of_row(row: dict[str, Any]) -> WrittenFile:
+    """The file again. Nothing is unpickled."""
+    told = json.loads(row["metadata"])
+    return WrittenFile(row["rows"], row["bytes"], base64.b64decode(told["schema"]), told["fragment"])

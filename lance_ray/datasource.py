@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import lance
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
@@ -18,17 +19,27 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.data.expressions import Expr
 
 from lance_ray.arrow import row_width, unify
+from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options, check_sendable
 from lance_ray.memory import keep_freed_memory
-from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
+from lance_ray.options import (
+    PlanOptions,
+    ScanOptions,
+    check_flag,
+    check_positive,
+    default_blobs,
+    fold_dataset_options,
+    fold_seed,
+)
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
 from lance_ray.preflight import check_cluster
 from lance_ray.read import (
     ReadSpec,
     ReadTaskRows,
+    blobs_of,
     bytes_per_row,
     fragment_stats,
     index_answer,
@@ -43,6 +54,19 @@ from lance_ray.table import PinnedTable, TableRef, address_of
 logger = logging.getLogger(__name__)
 
 
+_NO_DATASET_OPTIONS = dict.fromkeys(
+    (
+        "version",
+        "asof",
+        "block_size",
+        "index_cache_size_bytes",
+        "metadata_cache_size_bytes",
+        "commit_lock",
+        "default_scan_options",
+    )
+)
+
+
 class LanceDatasource(Datasource):
     """Lance tables as a Ray Datasource: pickles small (no open handle, no manifest), plans by bytes, takes pushdown.
 
@@ -50,11 +74,69 @@ class LanceDatasource(Datasource):
     Those calls are answered from totals; fragments are only looked at, and an index only asked, for the call that runs.
     """
 
-    def __init__(self, specs: Sequence[ReadSpec], plan: PlanOptions) -> None:
+    def __init__(  # noqa: PLR0917 - lance-ray's order
+        self,
+        uri: Any = None,
+        table_id: Sequence[str] | None = None,
+        columns: Sequence[str] | dict[str, str] | None = None,
+        filter: Any = None,
+        storage_options: Any = None,
+        scanner_options: dict[str, Any] | None = None,
+        dataset_options: dict[str, Any] | None = None,
+        base_store_params: dict[str, dict[str, str]] | None = None,
+        fragment_ids: Sequence[int] | None = None,
+        namespace_impl: Any = None,
+        namespace_properties: dict[str, str] | None = None,
+        with_metadata: bool = False,
+    ) -> None:
+        """See :func:`read_lance`. Resolves the version and checks columns and filter at once."""
+        check_flag("with_metadata", with_metadata)
+        version, asof, open_options = fold_dataset_options(dataset_options, **_NO_DATASET_OPTIONS)
+        scan_options = ScanOptions.fold(
+            scanner_options,
+            defaults=open_options.default_scan_options,
+            columns=columns,
+            filter=filter,
+            fragment_ids=fragment_ids,
+            with_row_address=with_metadata,
+            with_fragment_id=with_metadata,
+            blobs=default_blobs(scanner_options, "bytes"),
+        )
+        address = {
+            "table_id": table_id,
+            "namespace_impl": namespace_impl,
+            "namespace_properties": namespace_properties,
+            "storage_options": storage_options,
+            "base_store_params": base_store_params,
+        }
+        refs = [
+            TableRef.fold(item, address, version=version, asof=asof, open_options=open_options) for item in _uris(uri)
+        ]
+        self._start(_specs([ref.pin() for ref in refs], scan_options), PlanOptions())
+
+    @classmethod
+    def of(cls, specs: Sequence[ReadSpec], plan: PlanOptions) -> LanceDatasource:
+        """The source of reads that are folded and checked already."""
+        source = cls.__new__(cls)
+        source._start(specs, plan)
+        return source
+
+    def _start(self, specs: Sequence[ReadSpec], plan: PlanOptions) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Ray's base class is typed in parts
         self._specs = tuple(specs)
         self._plan = plan
         self._projection_map: dict[str, str] | None = None
+
+    @property
+    def lance_dataset(self) -> lance.LanceDataset:
+        """The table at the version that is read; of several, the first."""
+        return self._specs[0].table.open()
+
+    @property
+    def fragments(self) -> list[lance.LanceFragment]:
+        """The fragments that are read, in table order; of several tables, those of the first."""
+        dataset, wanted = self.lance_dataset, self._specs[0].scan.fragment_ids
+        return [item for item in dataset.get_fragments() if wanted is None or item.fragment_id in wanted]
 
     def get_name(self) -> str:
         """The name that Ray shows for the read: ``ReadLance``."""
@@ -188,7 +270,22 @@ def _cached_row_bytes(table: PinnedTable, schema: bytes) -> float:
 
 
 def _row_bytes(spec: ReadSpec) -> float:
-    return _cached_row_bytes(spec.table, spec.output_schema.serialize().to_pybytes())
+    schema, wanted = spec.output_schema, spec.scan.blob_range
+    if not spec.read_blobs:
+        return _cached_row_bytes(spec.table, schema.serialize().to_pybytes())
+    payload = (
+        0.0
+        if spec.scan.blobs == "handles"
+        else sum(mean_bytes(spec.table, column.source, wanted) for column in spec.read_blobs)
+    )
+    return _scanned_row_bytes(spec) + payload
+
+
+def _scanned_row_bytes(spec: ReadSpec) -> float:
+    """Bytes of a row as the scan gives it, blobs as their descriptors."""
+    blobs = {column.path[0] for column in spec.read_blobs}
+    rest = pa.schema([item for item in spec.output_schema if item.name not in blobs])
+    return _cached_row_bytes(spec.table, rest.serialize().to_pybytes()) + 32.0 * len(blobs)
 
 
 def _plan(spec: ReadSpec, cut: Cut) -> list[tuple[ReadTaskRows, ReadTaskPlan]]:
@@ -356,6 +453,9 @@ def read_lance(
     with_metadata: bool = False,
     with_row_id: bool = False,
     with_row_address: bool = False,
+    blobs: str | None = None,
+    blob_range: tuple[int, int] | None = None,
+    blob_batch_bytes: int | None = None,
     fragment_group_size: int | None = None,
     shuffle: bool | int | None = None,
     block_size: int | None = None,
@@ -416,6 +516,12 @@ def read_lance(
         with_metadata: add ``_rowaddr`` and ``_fragid`` (uint64).
         with_row_id: add ``_rowid`` (uint64).
         with_row_address: add ``_rowaddr`` (uint64).
+        blobs: how blob columns come out: ``bytes`` (the default here; ``large_binary``), ``descriptors`` (the default
+            of ``ray.data.read_lance``, as in Ray; structs without any payload) or ``handles``
+            (:class:`lance_ray.BlobHandle` objects, opened where they are used).
+        blob_range: read only these bytes of each blob, as (offset, length); a negative offset counts from the end, and
+            what lies beyond the end is left out.
+        blob_batch_bytes: payload of blobs that a task reads at a time (32 MiB); a larger blob is read by itself.
         fragment_group_size: whole fragments for each task; wins over ``override_num_blocks`` and the planner.
         shuffle: read row ranges in a random order; a number is the seed, which makes the order repeatable.
         block_size: bytes of the smallest I/O request.
@@ -474,6 +580,9 @@ def read_lance(
         with_row_id=with_row_id,
         with_row_address=with_row_address or with_metadata,
         with_fragment_id=with_metadata,
+        blobs=default_blobs(scanner_options, "bytes") if blobs is None else blobs,
+        blob_range=blob_range,
+        blob_batch_bytes=blob_batch_bytes,
     )
     check_sendable("full_text_query", scan_options.scanner.get("full_text_query"))
     check_sendable("filter", scan_options.filter)
@@ -533,7 +642,7 @@ def _uris(uri: Any) -> list[Any]:
 
 def make_datasource(tables: Sequence[PinnedTable], scan_options: ScanOptions, plan: PlanOptions) -> LanceDatasource:
     """The datasource of pinned tables; checks columns and filter against them."""
-    return LanceDatasource(_specs(tables, scan_options), plan)
+    return LanceDatasource.of(_specs(tables, scan_options), plan)
 
 
 def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec]:
@@ -547,11 +656,16 @@ def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec
         schema = pa.schema([schema.field(name) for name in schema.names], schema.metadata)
     config = DataContext.get_current().lance_config
     retry = RetryPolicy(config.read_fragments_max_attempts, max_delay=config.read_fragments_retry_max_backoff_s)
-    specs = [ReadSpec(table, _present(table, options, tables), schema, retry=retry) for table in tables]
+    present = [_present(table, options, tables) for table in tables]
+    specs = [
+        ReadSpec(table, scan_options, schema, retry=retry, blobs=blobs_of(table, scan_options))
+        for table, scan_options in zip(tables, present, strict=True)
+    ]
     if len(specs) > 1 and _is_counted(options) and not specs[0].has_filter:
         specs = _windows(specs)
     return [
-        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _row_bytes(spec))) for spec in specs
+        dataclasses.replace(spec, batch_size=read_batch_rows(spec.output_schema, _scanned_row_bytes(spec)))
+        for spec in specs
     ]
 
 

@@ -271,9 +271,13 @@ _VERSION_NOT_FOUND = re.compile(
     r"\.manifest was not found|Ref not found|Ref is invalid|Version .*not found|does not exist", re.DOTALL
 )
 _EXISTS = re.compile(r"Dataset already exists")
-_CONFLICT = re.compile(r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict")
+_CONFLICT = re.compile(
+    r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict"
+    r"|Incompatible transaction"
+)
 _RETRYABLE_CONFLICT = re.compile(r"[Rr]etryable commit conflict|please retry|Too many concurrent")
 _NO_STORE = "No object store provider"
+_NO_OBJECT = "Not found: "
 _USER_INPUT = re.compile(r"Invalid user input|Error resolving filter|No field named")
 _STATUS = re.compile(r"status code: (\d{3})")
 _STATUS_KINDS: dict[str, StorageErrorKind] = {"401": "denied", "403": "denied", "404": "missing", "408": "transient"}
@@ -287,7 +291,7 @@ _KINDS: tuple[tuple[StorageErrorKind, re.Pattern[str]], ...] = (
             re.IGNORECASE,
         ),
     ),
-    ("missing", re.compile(r"NoSuchBucket|NoSuchKey|os error 2\b")),
+    ("missing", re.compile(r"NoSuchBucket|NoSuchKey|os error 2\b|^Not found: |: Not found: ")),
     (
         "transient",
         re.compile(
@@ -361,7 +365,7 @@ def translate(
     if type(error).__name__ == "CommitConflictError" or _CONFLICT.search(message):
         retryable = bool(getattr(error, "retryable", False)) or bool(_RETRYABLE_CONFLICT.search(message))
         return CommitConflictError(f"{action} {target}: {message}", retryable=retryable)
-    if isinstance(error, OSError) or "LanceError(IO)" in message or _NO_STORE in message:
+    if isinstance(error, OSError) or "LanceError(IO)" in message or _NO_STORE in message or _NO_OBJECT in message:
         kind = _os_kind(error) or storage_error_kind(message)
         return StorageError(f"{action} {target}: {message}", kind=kind, target=target)
     if message.startswith("LanceError("):

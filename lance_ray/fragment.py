@@ -1,11 +1,11 @@
-"""Writers made by hand: :class:`LanceFragmentWriter` in ``map_batches``, :class:`LanceFragmentCommitter` as the sink.
+"""Writers made by hand: :class:`LanceFragmentWriter` in ``map_batches``, :func:`write_fragment` anywhere.
 
 For pipelines that want to write files in the middle of their own stages and commit at the end::
 
     writer = LanceFragmentWriter(uri, schema=schema, mode="append")
     ds.map_batches(writer, batch_size=None).write_datasink(LanceFragmentCommitter(uri, schema=schema, mode="append"))
 
-The same worker function and the same commit as in :func:`lance_ray.write_lance`. Fragments travel as JSON.
+The same worker function and the same commit as in :func:`lance_ray.write_lance`.
 """
 
 from __future__ import annotations
@@ -16,28 +16,42 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from lance.schema import LanceSchema
-from ray.data.block import BlockAccessor
-from ray.data.datasource import WriteResult
+from lance.fragment import FragmentMetadata
 
-from lance_ray.arrow import unify
 from lance_ray.catalog import LanceRestConfig
-from lance_ray.datasink import LanceDatasink, check_target, field_ids, files_schema, written_schema
-from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
-from lance_ray.ledger import delete_files, untracked
-from lance_ray.options import CommitOptions, WriteOptions, check_mapping, pairs
+from lance_ray.datasink import (
+    FRAGMENT_COLUMNS,
+    LanceFragmentCommitter,
+    files_schema,
+    resolve_target,
+    row_of_file,
+)
+from lance_ray.errors import InvalidArgumentError
+from lance_ray.options import WriteOptions, check_mapping
 from lance_ray.retry import RetryPolicy
-from lance_ray.table import TableRef, WriteTarget
-from lance_ray.write import WriteSpec, WrittenFile, paths_of, write_blocks
+from lance_ray.table import TableRef
+from lance_ray.write import WriteSpec, WrittenFile, write_blocks
+
+__all__ = ["LanceFragmentCommitter", "LanceFragmentWriter", "write_fragment"]
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("fragment", "schema", "rows", "bytes")
+_ROWS = pa.schema(
+    [
+        pa.field(name, kind)
+        for name, kind in zip(
+            FRAGMENT_COLUMNS, (pa.binary(), pa.binary(), pa.int64(), pa.int64(), pa.string()), strict=True
+        )
+    ]
+)
 
 
 class LanceFragmentWriter:
-    """A callable for ``map_batches``: writes a batch to files and returns one row for each (columns ``fragment`` JSON,
-    ``schema`` serialized Arrow schema, ``rows``, ``bytes``), which :class:`LanceFragmentCommitter` commits.
+    """A callable for ``map_batches``: writes a batch to files and returns one row for each, which
+    :class:`LanceFragmentCommitter` commits.
+
+    Columns of the rows: ``fragment`` (a pickled ``lance.FragmentMetadata``) and ``schema`` (a pickled Arrow schema),
+    for code that commits by itself; ``rows``, ``bytes``; and ``metadata`` (JSON), which is what the committer reads.
 
     Files of a job that never commits are not in any ledger; ``dataset.cleanup_old_versions`` removes them in time.
     """
@@ -54,7 +68,7 @@ class LanceFragmentWriter:
         max_rows_per_group: int | None = None,
         data_storage_version: str | None = None,
         enable_stable_row_ids: bool = False,
-        use_legacy_format: bool | None = None,
+        use_legacy_format: bool | None = False,
         storage_options: Any = None,
         base_store_params: dict[str, dict[str, str]] | None = None,
         initial_bases: Sequence[Any] | None = None,
@@ -79,10 +93,10 @@ class LanceFragmentWriter:
                 table is looked at once, here.
             max_rows_per_file: rows of a file at most.
             max_bytes_per_file: bytes in memory of a file at most.
-            max_rows_per_group: of the legacy file format only, which this writer does not write.
+            max_rows_per_group: rows of a group in the legacy file format; the other formats have no groups.
             data_storage_version: file format.
             enable_stable_row_ids: of a new table; decided by the committer.
-            use_legacy_format: refused when true; the current format is the only one written.
+            use_legacy_format: older name of ``data_storage_version="legacy"``, which wins over it.
             storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
             base_store_params: storage options of further bases.
             initial_bases: bases to register with a new table.
@@ -94,13 +108,9 @@ class LanceFragmentWriter:
             rest_config: the server of a ``rest://`` address.
             io_config: another name of ``storage_options``.
             table_id: the table's name in the namespace.
-            retry_params: fields of :class:`lance_ray.retry.RetryPolicy`.
+            retry_params: fields of :class:`lance_ray.retry.RetryPolicy`, or lance-ray's ``max_attempts``,
+                ``max_backoff_s``, ``match`` (texts of errors to retry besides transient ones) and ``description``.
         """
-        if use_legacy_format or max_rows_per_group is not None:
-            name = "use_legacy_format" if use_legacy_format else "max_rows_per_group"
-            raise InvalidArgumentError(
-                name, True if use_legacy_format else max_rows_per_group, "is of the legacy file format"
-            )
         if transform is not None and not callable(transform):
             raise InvalidArgumentError("transform", transform, "must be callable")
         address = {
@@ -112,7 +122,8 @@ class LanceFragmentWriter:
             "storage_options": storage_options,
             "base_store_params": base_store_params,
         }
-        ref = TableRef.fold(uri, address)
+        if use_legacy_format and data_storage_version is None:
+            data_storage_version = "legacy"
         options = WriteOptions(
             mode or "overwrite",
             schema,
@@ -125,11 +136,9 @@ class LanceFragmentWriter:
             target_bases,
             external_blob_mode,
             allow_external_blob_outside_bases,
+            max_rows_per_group,
         )
-        target = _target(ref, options)
-        if mode is None and target.base is not None:
-            target = dataclasses.replace(target, mode="append")
-        self._spec = WriteSpec(target, options, files_schema(target, options), None, _retry(retry_params))
+        self._spec = _spec(TableRef.fold(uri, address), options, retry_params, mode)
         self._transform = transform
 
     def __call__(self, batch: Any) -> pa.Table:
@@ -140,149 +149,113 @@ class LanceFragmentWriter:
         return _as_rows(write_blocks(self._spec, blocks))
 
 
-def _target(ref: TableRef, options: WriteOptions) -> WriteTarget:
-    if options.mode == "ignore":
-        raise InvalidArgumentError("mode", options.mode, "must be 'create', 'append' or 'overwrite' for these two")
-    target = WriteTarget.resolve(ref, options.mode)
-    check_target(target, options)
-    return target
+def write_fragment(
+    stream: Iterable[Any],
+    uri: Any = None,
+    *,
+    schema: pa.Schema | None = None,
+    mode: str | None = None,
+    max_rows_per_file: int = 64 * 1024 * 1024,
+    max_bytes_per_file: int | None = None,
+    max_rows_per_group: int = 1024,
+    data_storage_version: str | None = None,
+    enable_stable_row_ids: bool = False,
+    storage_options: Any = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+    initial_bases: Sequence[Any] | None = None,
+    target_bases: Sequence[str] | None = None,
+    external_blob_mode: str = "reference",
+    allow_external_blob_outside_bases: bool = False,
+    namespace_impl: Any = None,
+    namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    table_id: Sequence[str] | None = None,
+    retry_params: dict[str, Any] | None = None,
+) -> list[tuple[FragmentMetadata, pa.Schema]]:
+    """Files with the rows of a stream, written in this process and in no table yet.
+
+    Args:
+        stream: Arrow tables, pandas frames or dicts of columns.
+        uri: path or URI of the table that the files are for; it need not exist.
+        schema: what every file shall have; for an append the table's own.
+        mode: what the commit is going to do; by default ``append`` where there is a table, else ``create``.
+        max_rows_per_file: rows of a file at most.
+        max_bytes_per_file: bytes in memory of a file at most.
+        max_rows_per_group: rows of a group in the legacy file format; the other formats have no groups.
+        data_storage_version: file format of a new table.
+        enable_stable_row_ids: of a new table; decided by the commit.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
+        base_store_params: storage options of further bases, by base URI.
+        initial_bases: base paths to register with a new table.
+        target_bases: names or paths of bases that the files go to.
+        external_blob_mode: ``reference`` or ``ingest`` for blobs given by URI.
+        allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
+        namespace_impl: the namespace implementation, or a connected namespace.
+        namespace_properties: what the namespace is connected with.
+        rest_config: the server of a ``rest://`` address.
+        io_config: another name of ``storage_options``.
+        table_id: the table's name in the namespace.
+        retry_params: see :class:`LanceFragmentWriter`.
+
+    Returns:
+        For each file its metadata and its Arrow schema, as ``LanceDataset.commit`` takes them; nothing for no rows.
+
+    Raises:
+        InvalidArgumentError, TableNotFoundError, StorageError: before anything is written.
+        SchemaMismatchError: the rows do not fit.
+
+    The files of a stream that failed half-way, and those that are never committed, are left behind, in no ledger:
+    ``lance_ray.cleanup_old_versions`` removes them in time. Nothing conflicts with what others do before the commit.
+    """
+    address = {
+        "table_id": table_id,
+        "namespace_impl": namespace_impl,
+        "namespace_properties": namespace_properties,
+        "rest_config": rest_config,
+        "io_config": io_config,
+        "storage_options": storage_options,
+        "base_store_params": base_store_params,
+    }
+    options = WriteOptions(
+        mode or "overwrite",
+        schema,
+        1024 * 1024,
+        max_rows_per_file,
+        max_bytes_per_file,
+        data_storage_version,
+        enable_stable_row_ids,
+        initial_bases,
+        target_bases,
+        external_blob_mode,
+        allow_external_blob_outside_bases,
+        max_rows_per_group,
+    )
+    files = write_blocks(_spec(TableRef.fold(uri, address), options, retry_params, mode), stream)
+    return [(file.metadata(), file.arrow_schema) for file in files if file.fragment is not None]
+
+
+def _spec(ref: TableRef, options: WriteOptions, retry_params: Any, mode: str | None) -> WriteSpec:
+    target = resolve_target(ref, options)
+    if mode is None and target.base is not None:
+        target = dataclasses.replace(target, mode="append")
+    return WriteSpec(target, options, files_schema(target, options), None, _retry(retry_params))
 
 
 def _retry(given: dict[str, Any] | None) -> RetryPolicy:
     check_mapping("retry_params", given)
+    told = dict(given or {})
+    told.pop("description", None)  # names the step in lance-ray's log; here each step names itself
+    if "max_backoff_s" in told:
+        told.setdefault("max_delay", told.pop("max_backoff_s"))
+    if "match" in told:
+        told["texts"] = tuple(told.pop("match") or ())
     known = [item.name for item in dataclasses.fields(RetryPolicy)]
-    unknown = sorted(set(given or {}) - set(known), key=str)
+    unknown = sorted(set(told) - set(known), key=str)
     if unknown:
-        raise InvalidArgumentError("retry_params", unknown, f"known are {known}")
-    return RetryPolicy(**(given or {}))
+        raise InvalidArgumentError("retry_params", unknown, f"known are {[*known, 'match', 'max_backoff_s']}")
+    return RetryPolicy(**told)
 
 
 def _as_rows(files: Sequence[WrittenFile]) -> pa.Table:
-    return pa.table(
-        {
-            "fragment": pa.array([file.fragment for file in files], pa.string()),
-            "schema": pa.array([file.schema for file in files], pa.binary()),
-            "rows": pa.array([file.rows for file in files], pa.int64()),
-            "bytes": pa.array([file.size_bytes for file in files], pa.int64()),
-        }
-    )
-
-
-class LanceFragmentCommitter(LanceDatasink):
-    """The sink for rows that :class:`LanceFragmentWriter` returned: collects them and commits once on the driver.
-
-    After a failure of the job, the files that reached the committer are removed when it is certain that they were not
-    committed.
-    """
-
-    def __init__(
-        self,
-        uri: Any = None,
-        table_id: Sequence[str] | None = None,
-        *,
-        schema: pa.Schema | None = None,
-        mode: Any = "create",
-        enable_stable_row_ids: bool = False,
-        storage_options: Any = None,
-        base_store_params: dict[str, dict[str, str]] | None = None,
-        initial_bases: Sequence[Any] | None = None,
-        target_bases: Sequence[str] | None = None,
-        namespace_impl: Any = None,
-        namespace_properties: dict[str, str] | None = None,
-        rest_config: LanceRestConfig | None = None,
-        io_config: Any = None,
-        commit_message: str | None = None,
-        transaction_properties: dict[str, str] | None = None,
-    ) -> None:
-        """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
-        address = {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        }
-        ref = TableRef.fold(uri, address)
-        options = WriteOptions(
-            mode,
-            schema,
-            enable_stable_row_ids=enable_stable_row_ids,
-            initial_bases=initial_bases,
-            target_bases=target_bases,
-        )
-        target = _target(ref, options)
-        commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
-        spec = WriteSpec(target, options, files_schema(target, options))
-        super().__init__(spec, dataclasses.replace(commit, job_id=commit.operation_id))
-
-    @property
-    def min_rows_per_write(self) -> int | None:
-        """None: the rows are few and small."""
-        return None
-
-    @property
-    def min_bytes_per_write(self) -> int | None:
-        """None: as above."""
-        return None
-
-    def write(self, blocks: Iterable[Any], ctx: Any) -> list[WrittenFile]:  # noqa: ARG002 - Ray's signature
-        """Runs on a worker: hands the rows on to the driver."""
-        return [file for block in blocks for file in _from_rows(BlockAccessor.for_block(block).to_arrow())]
-
-    def on_write_complete(self, write_result: WriteResult[list[WrittenFile]]) -> None:
-        """Runs on the driver: one commit, after a look at whether the files were written for it."""
-        self._written = tuple(file for files in write_result.write_returns for file in files or ())
-        for file in self._written:
-            if file.rows:
-                _check_file(self._spec, file)
-        super().on_write_complete(write_result)
-
-    def on_write_failed(self, error: Exception) -> None:
-        """Runs on the driver. Removes what reached the committer, if it is certain that it was not committed."""
-        super().on_write_failed(error)
-        spec = self._spec
-        if self._receipt is None and not self._keep_files:
-            metadata = [file.metadata() for file in self._written if file.fragment]
-            table = spec.target.table
-            delete_files(table, untracked(table, paths_of(spec, metadata), spec.target.base_version))
-
-
-def _check_file(spec: WriteSpec, file: WrittenFile) -> None:
-    """Refuse a file that its writer made for another target: the engine would read other columns than it has.
-
-    Raises:
-        SchemaMismatchError: the file does not have the columns of the table, or of the committer's schema.
-        InvalidArgumentError: the mode of the writer was another one, or the table has changed since.
-    """
-    base = spec.target.base if spec.target.mode == "append" else None
-    schema = file.arrow_schema
-    if spec.schema is not None:
-        fitting = schema if base is not None else unify([spec.schema, schema])
-        if not fitting.equals(spec.schema):
-            differing = [item for item in schema if item not in list(spec.schema)]
-            raise SchemaMismatchError(
-                f"the writer's files do not have the schema of the committer: {[str(item) for item in differing]}"
-                f" instead of {[str(item) for item in spec.schema]}",
-                columns=[item.name for item in differing],
-                expected=str(spec.schema),
-                actual=str(schema),
-            )
-    if file.fragment is None:
-        return
-    numbered = LanceSchema.from_pyarrow(written_schema(spec, file)) if base is None else base.open().lance_schema
-    found = [item for part in file.metadata().files for item in part.fields]
-    if found != [item for item in field_ids(numbered).values() if item in set(found)]:
-        raise InvalidArgumentError(
-            "mode", spec.target.mode, "the files were written for another mode, or for another version of the table"
-        )
-
-
-def _from_rows(rows: pa.Table) -> list[WrittenFile]:
-    missing = [name for name in _COLUMNS if name not in rows.schema.names]
-    if missing and rows.num_rows:
-        raise InvalidArgumentError(
-            "ds", rows.schema.names, f"must be what LanceFragmentWriter returns; lacks {missing}"
-        )
-    return [WrittenFile(item["rows"], item["bytes"], item["schema"], item["fragment"]) for item in rows.to_pylist()]
+    return pa.Table.from_pylist([row_of_file(file) for file in files], schema=_ROWS)

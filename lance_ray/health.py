@@ -171,6 +171,9 @@ def table_health(
         asof: time, inclusive.
         compaction_options: those that a compaction would run with.
 
+    Returns:
+        A :class:`TableHealth`: fragments, indexes, and what a compaction would do.
+
     Raises:
         InvalidArgumentError, TableNotFoundError, VersionNotFoundError, StorageError: as for reading.
     """

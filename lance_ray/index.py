@@ -244,7 +244,11 @@ def create_index(
             ``shuffle_partition_batches``, ``shuffle_partition_concurrency``, and for graphs ``max_level``, ``m``,
             ``ef_construction``.
 
-    Returns, raises: as :func:`create_scalar_index`.
+    Returns:
+        As :func:`create_scalar_index`.
+
+    Raises:
+        LanceRayError: as :func:`create_scalar_index`; the table is as it was.
     """
     ref = fold_index_ref(uri, locals())
     workers = _Workers(num_workers, num_segments, fragment_ids, index_uuid, ray_remote_args, progress)
@@ -549,3 +553,12 @@ def _answer(done: tuple[PinnedTable, IndexReport], return_report: bool) -> lance
 def dataset_at(table: PinnedTable, version: int | None) -> lance.LanceDataset:
     """The table at a version, the newest for None."""
     return table.open_latest() if version is None else table.open_at(version)
+
+
+def __getattr__(name: str) -> Any:
+    """``optimize_indices`` too, which lance-ray has in its module of this name; ours builds on this one."""
+    if name == "optimize_indices":
+        from lance_ray.index_upkeep import optimize_indices
+
+        return optimize_indices
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

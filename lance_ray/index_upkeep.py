@@ -205,7 +205,10 @@ def optimize_indices(
     Returns:
         The newest version as a dataset, or the reports; ``version`` is None where there was nothing to do.
 
-    Raises: as :func:`refresh_index`.
+    Raises:
+        LanceRayError: as :func:`refresh_index`. Indexes that were finished by then stay; the others are as they were.
+
+    Rows that others append meanwhile are left for a next call.
     """
     upkeep = _Upkeep.fold(fold_index_ref(uri, locals()), locals())
     check_positive("num_indices_to_merge", num_indices_to_merge, zero=True)
@@ -239,8 +242,11 @@ def list_indices(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        One :class:`IndexInfo` for each index.
+
     Raises:
-        TableNotFoundError, StorageError.
+        TableNotFoundError, StorageError: the table cannot be opened.
     """
     table = fold_index_ref(uri, locals()).pin()
     dataset = table.open()

@@ -101,6 +101,9 @@ def take(
         pool: as for :func:`lance_ray.vector_search`.
         progress: True for a bar, a reporter of one's own, False for silence.
 
+    Returns:
+        A table of the columns, one row for each that was named.
+
     Raises:
         InvalidArgumentError: none or several ways of naming rows, an unknown column, keys of another type.
         RowCoverageError: rows that the table does not have (``.missing``), or keys of several rows (``.duplicate``).

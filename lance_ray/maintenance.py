@@ -110,8 +110,14 @@ def cleanup_old_versions(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
 
+    Returns:
+        A :class:`VersionCleanupReport`: versions, files and bytes that are gone, or that a dry run would remove.
+
     Raises:
         InvalidArgumentError, TableNotFoundError, StorageError: what is gone by then is gone; calling again goes on.
+
+    Writers beside it are safe: files that no version refers to are kept for a week. Readers of a version that is
+    removed fail; tag what must stay.
     """
     check_positive("retain_versions", retain_versions)
     check_positive("delete_rate_limit", delete_rate_limit)
@@ -251,6 +257,9 @@ def compact_database(
     Raises:
         InvalidArgumentError, StorageError: an argument is wrong, or the namespace cannot be listed.
         OperationFailedError: something failed (``on_failure="raise"``); its ``failures`` name the tables.
+
+    A table that fails is as it was, but for rewrites that were committed; the others go on. What is said of concurrent
+    changes at :func:`lance_ray.compact_files` holds for each table.
     """
     check_positive("tables_at_once", tables_at_once, optional=False)
     check_flag("dry_run", dry_run)

@@ -11,10 +11,10 @@ import pyarrow as pa
 from lance_ray import catalog
 from lance_ray.arrow import unify
 from lance_ray.catalog import CatalogClient, LanceRestConfig, NamespaceRef
-from lance_ray.datasink import WriteJob, WriteReport, write_here
 from lance_ray.errors import InvalidArgumentError, TableNotFoundError
 from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.table import TableRef
+from lance_ray.writing import WriteJob, WriteReport, write_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,9 @@ def create_table(
         InvalidArgumentError: neither data nor a schema.
         SchemaMismatchError: the data does not fit the schema. Nothing was committed.
         StorageError: the catalog or the store failed.
+
+    The rows are committed at once or not at all, and files of a failure are removed. Of several callers that create the
+    same table at once, one succeeds; the others get TableExistsError.
     """
     ref = TableRef.fold(
         uri,
@@ -178,6 +181,8 @@ def register_table(
         TableExistsError: the catalog has a table of this name.
         InvalidArgumentError: the catalog does not take this location.
         StorageError: it did not answer, or refused.
+
+    After an error the catalog is as it was. Of several callers with the same name, one succeeds.
     """
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
     name = _table_id(table_id)
@@ -199,6 +204,9 @@ def list_tables(
         namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
         rest_config: a REST server instead.
+
+    Returns:
+        A list of ids, each a tuple of its levels.
 
     Raises:
         StorageError: the catalog did not answer, refused, or has no such namespace.
@@ -229,6 +237,9 @@ def describe_table(
         table_id: the table's name in a namespace, with ``namespace_impl``.
         rest_config: the server of a ``rest://`` address.
         io_config: another name of ``storage_options``.
+
+    Returns:
+        A :class:`TableDescription`.
 
     Raises:
         TableNotFoundError: the catalog has no such table. One that is declared and not written has no version.
@@ -289,6 +300,9 @@ def drop_table(
         TableNotFoundError: there is no such table.
         UnsupportedCallError: the catalog cannot; many of those that store no files can only ``keep_files``.
         StorageError: the catalog did not answer, or refused.
+
+    A catalog that forgot the table and could not delete all its files leaves the rest behind. Jobs that read or write
+    the table meanwhile fail.
     """
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
     remove = catalog.deregister if keep_files else catalog.drop
@@ -312,6 +326,13 @@ def create_lance_table_rest(
         namespace: the namespace of the table; empty for the root.
         table_name: its name.
         schema: its columns.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LanceRayError: as :func:`create_table`. What is said of failures and of others there holds here, too: a table
+            that exists is as it was.
     """
     ref = rest_config.namespace()
     return create_table(namespace_impl=ref, table_id=_in(namespace, table_name), schema=schema)
@@ -327,6 +348,12 @@ def register_lance_table_rest(
         namespace: the namespace of the table; empty for the root.
         table_name: its name.
         table_uri: where it lies.
+
+    Returns:
+        What the catalog says of it now.
+
+    Raises:
+        LanceRayError: as :func:`register_table`. The catalog is as it was, also where others took the name first.
     """
     return register_table(table_uri, table_id=_in(namespace, table_name), rest_config=rest_config)
 

@@ -118,6 +118,10 @@ class OpenOptions:
 
 _FOLDED_KEYS = frozenset({"columns", "filter", "limit", "offset", "with_row_id", "with_row_address", "fragments"})
 _SCANNER_KEYS = _FOLDED_KEYS | set(inspect.signature(lance.LanceDataset.scanner).parameters) - {"self"}
+BLOB_MODES = ("bytes", "descriptors", "handles")
+BLOB_BATCH_BYTES = 32 * 1024**2
+"""Payload of blobs that a task holds at a time."""
+
 _SEARCH_KEYS = ("nearest", "full_text_query")
 _SPECIAL_FILTER = "a Lance filter: SQL text, a pyarrow expression, or for searches a query object or dict"
 
@@ -137,6 +141,10 @@ class ScanOptions:
     with_fragment_id: bool = False
     fragment_ids: tuple[int, ...] | None = None
     scanner: Mapping[str, Any] = field(default_factory=dict)
+    blobs: str = "descriptors"
+    """How blob columns come out: one of :data:`BLOB_MODES`."""
+    blob_range: tuple[int, int] | None = None
+    blob_batch_bytes: int = BLOB_BATCH_BYTES
 
     @classmethod
     def fold(
@@ -161,6 +169,8 @@ class ScanOptions:
             rest.setdefault("prefilter", True)
         if isinstance(rest.get("nearest"), Mapping):
             rest["nearest"] = _fold_nearest(rest["nearest"])
+        if merged.get("blobs") is not None:
+            _fold_blobs(merged, rest)
         columns = merged.pop("columns", None)
         computed = isinstance(columns, Mapping)
         return cls(
@@ -183,8 +193,24 @@ class ScanOptions:
             raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
         if isinstance(self.filter, str) and not self.filter.strip():
             raise InvalidArgumentError("filter", self.filter, "must not be empty; leave it out to read every row")
+        self._check_blobs()
         if all(self.scanner.get(key) is not None for key in _SEARCH_KEYS):
             raise InvalidArgumentError("nearest", "...", "cannot be combined with full_text_query in one read")
+
+    def _check_blobs(self) -> None:
+        if self.blobs not in BLOB_MODES:
+            raise InvalidArgumentError("blobs", self.blobs, f"must be one of {list(BLOB_MODES)}")
+        check_positive("blob_batch_bytes", self.blob_batch_bytes, optional=False)
+        wanted = self.blob_range
+        if wanted is None:
+            return
+        if not (isinstance(wanted, tuple) and len(wanted) == 2 and all(type(item) is int for item in wanted)):
+            raise InvalidArgumentError("blob_range", wanted, "must be (offset, length)")
+        check_positive("blob_range", wanted[1], zero=True)
+        if self.blobs != "bytes":
+            raise InvalidArgumentError("blob_range", wanted, "needs blobs='bytes'")
+        if self.is_search:
+            raise InvalidArgumentError("blob_range", wanted, "cannot be combined with nearest or full_text_query")
 
     @property
     def is_search(self) -> bool:
@@ -210,6 +236,32 @@ class ScanOptions:
     def names(self) -> tuple[str, ...] | None:
         """The selected output columns, or None for all."""
         return tuple(name for name, _ in self.expressions) if self.expressions else self.columns
+
+
+def default_blobs(scanner_options: Any, default: str) -> str:
+    """How blobs come out where the caller has not said it in ``blobs``: as the scanner's own option says."""
+    handling = scanner_options.get("blob_handling") if isinstance(scanner_options, Mapping) else None
+    if handling is None:
+        return default
+    return "bytes" if handling == "all_binary" else "descriptors"
+
+
+def _fold_blobs(merged: dict[str, Any], rest: dict[str, Any]) -> None:
+    """``blobs`` and the scanner's ``blob_handling`` as one: the engine's way has no bound on memory, so only a search,
+    which finds few rows, takes it.
+    """
+    mode, handling = merged["blobs"], rest.get("blob_handling")
+    if isinstance(merged.get("blob_range"), list):
+        merged["blob_range"] = tuple(merged["blob_range"])
+    if handling is not None and mode != ("bytes" if handling == "all_binary" else "descriptors"):
+        raise InvalidArgumentError("blobs", mode, f"contradicts blob_handling={handling!r} of scanner_options")
+    searched = any(key in rest for key in _SEARCH_KEYS)
+    if searched and mode == "handles":
+        raise InvalidArgumentError("blobs", mode, "cannot be combined with nearest or full_text_query")
+    if mode == "bytes":
+        rest.pop("blob_handling", None)
+        if searched:
+            rest["blob_handling"] = "all_binary"
 
 
 _NEAREST_KEYS = frozenset(inspect.signature(ScannerBuilder.nearest).parameters) - {"self"}
@@ -346,6 +398,8 @@ class WriteOptions:
     target_bases: Sequence[str] | None = None
     external_blob_mode: str = "reference"
     allow_external_blob_outside_bases: bool = False
+    max_rows_per_group: int | None = None
+    """Of the legacy file format, which alone has groups."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _fold_mode(self.mode))
@@ -357,6 +411,7 @@ class WriteOptions:
         check_positive("min_rows_per_file", self.min_rows_per_file, optional=False)
         check_positive("max_rows_per_file", self.max_rows_per_file, optional=False)
         check_positive("max_bytes_per_file", self.max_bytes_per_file)
+        check_positive("max_rows_per_group", self.max_rows_per_group)
         if self.rows_decide and self.min_rows_per_file > self.max_rows_per_file:
             raise InvalidArgumentError(
                 "min_rows_per_file", self.min_rows_per_file, f"exceeds max_rows_per_file={self.max_rows_per_file}"

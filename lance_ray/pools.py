@@ -89,6 +89,9 @@ def init_global_pool(processes: int, ray_remote_args: Mapping[str, Any] | None =
         processes: workers at most.
         ray_remote_args: options of ``ray.remote`` for each worker.
 
+    Returns:
+        The pool of this process: new :class:`WarmWorkers`, or what was set before.
+
     Raises:
         InvalidArgumentError: ``processes`` is not positive.
     """
@@ -105,7 +108,9 @@ def init_global_pool(processes: int, ray_remote_args: Mapping[str, Any] | None =
 def set_global_pool(pool: Any | None) -> None:
     """Use a pool for the whole process: :class:`WarmWorkers`, or a ``ray.util.multiprocessing.Pool``.
 
-    The caller goes on owning it; processes that die are replaced. ``None`` forgets the present one without closing it.
+    Args:
+        pool: the caller goes on owning it; processes that die are replaced. ``None`` forgets the present one without
+            closing it.
 
     Raises:
         InvalidArgumentError: it is neither, or a pool whose ``max_task_retries`` are without limit.

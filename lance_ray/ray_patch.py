@@ -10,9 +10,10 @@ from typing import Any
 import ray.data
 from ray.data import Dataset
 
-from lance_ray.datasink import WriteReport, write_lance
 from lance_ray.datasource import read_lance
 from lance_ray.errors import InvalidArgumentError
+from lance_ray.options import default_blobs
+from lance_ray.writing import WriteReport, write_lance
 
 SWITCH = "LANCE_RAY_PATCH_RAY_DATA"
 """Environment variable: ``0`` leaves ``ray.data`` alone."""
@@ -48,6 +49,8 @@ def patch_unless_switched_off() -> None:
 
 @functools.wraps(read_lance)
 def _read_lance(*args: Any, **kwargs: Any) -> Dataset:
+    if kwargs.get("blobs") is None:  # as Ray does it
+        kwargs["blobs"] = default_blobs(kwargs.get("scanner_options"), "descriptors")
     return read_lance(*args, **kwargs)
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from lance.dataset import serialize_row_addrs
 
 from lance_ray.arrow import row_width
+from lance_ray.blobs import BlobColumn, blob_columns, filled, has_blobs, shown
 from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
 from lance_ray.options import ScanOptions, as_matrix
 from lance_ray.planning.reads import FragmentStats, Piece, batch_rows, positions_of
@@ -62,6 +63,16 @@ class ReadSpec:
     projection: tuple[str, ...] | None = None
     batch_size: int | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    blobs: tuple[BlobColumn, ...] = ()
+    """Columns that the scan gives as descriptors and that come out as bytes or handles."""
+
+    @property
+    def read_blobs(self) -> tuple[BlobColumn, ...]:
+        """Those of them that come out, or that the residual looks at."""
+        if self.projection is None:
+            return self.blobs
+        wanted = {*self.projection, *self._residual_columns()}
+        return tuple(column for column in self.blobs if column.path[0] in wanted)
 
     @property
     def is_masked(self) -> bool:
@@ -127,7 +138,10 @@ class ReadSpec:
             "columns": columns,
             "filter": _made(self.filter),
             "with_row_id": self.wants(ROW_ID, asked=self.scan.with_row_id) or None,
-            "with_row_address": fragment_id or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address) or None,
+            "with_row_address": fragment_id
+            or bool(self.read_blobs)
+            or self.wants(ROW_ADDRESS, asked=self.scan.with_row_address)
+            or None,
         }
 
 
@@ -178,7 +192,17 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         hidden = set() if spec.wants(ROW_ADDRESS, asked=scan.with_row_address) else {ROW_ADDRESS}
         fields = [item for item in schema if item.name not in hidden]
         schema = pa.schema([*fields, pa.field(FRAGMENT_ID, pa.uint64())], schema.metadata)
-    return schema
+    return shown(schema, dataset, blob_columns(dataset, schema, scan), scan.blobs)
+
+
+def blobs_of(table: PinnedTable, scan: ScanOptions) -> tuple[BlobColumn, ...]:
+    """The blob columns of a scan that come out as bytes or handles."""
+    dataset = table.open()
+    if scan.blobs == "descriptors" or scan.is_search or not has_blobs(dataset.schema):
+        return ()
+    kwargs = ReadSpec(table, scan, pa.schema([])).scanner_kwargs(dataset)
+    described = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
+    return blob_columns(dataset, described, scan)
 
 
 def _with_few_queries(scan: ScanOptions) -> ScanOptions:
@@ -339,9 +363,20 @@ def scan(spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:
         yield from _count_only(dataset, spec, rows)
         return
     for table in _gathered(batches(dataset, spec, rows)):
-        finished = finish(table, spec)
-        if finished.num_rows:
-            yield finished
+        for part in filled(dataset, spec, _passing(table, spec)):
+            finished = finish(part, spec)
+            if finished.num_rows:
+                yield finished
+
+
+def _passing(table: pa.Table, spec: ReadSpec) -> pa.Table:
+    """The rows whose blobs are worth reading, where that can be told without them."""
+    if spec.residual is None or not spec.read_blobs:
+        return table
+    looked_at = columns_of(spec.residual)
+    if any(column.path[0] in looked_at for column in spec.blobs) or not looked_at <= set(table.schema.names):
+        return table
+    return apply_residual(table, spec.residual)
 
 
 def _count_only(dataset: lance.LanceDataset, spec: ReadSpec, rows: ReadTaskRows) -> Iterator[pa.Table]:

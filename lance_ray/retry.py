@@ -63,6 +63,7 @@ class RetryPolicy:
         max_delay: the longest wait between two attempts, in seconds.
         total_seconds: no attempt starts later than this after the first failure.
         jitter: the part of each wait that is random, 0 to 1, so that many workers do not come back together.
+        texts: errors with one of these texts in their message are retried too, whatever their type.
 
     Raises:
         InvalidArgumentError: a value is out of range.
@@ -73,6 +74,7 @@ class RetryPolicy:
     max_delay: float = 8.0
     total_seconds: float = 120.0
     jitter: float = 0.5
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive("max_attempts", self.max_attempts, optional=False)
@@ -81,6 +83,8 @@ class RetryPolicy:
                 raise InvalidArgumentError(name, getattr(self, name), "must be 0 or more seconds")
         if not (_is_number(self.jitter) and 0 <= self.jitter <= 1):
             raise InvalidArgumentError("jitter", self.jitter, "must be between 0 and 1")
+        if not all(isinstance(text, str) and text for text in self.texts):
+            raise InvalidArgumentError("texts", self.texts, "must be texts of errors")
 
     def next_delay(self, attempt: int, failing_for: float) -> float | None:
         """Seconds to wait after a failed attempt, or ``None`` when it was the last one.
@@ -122,7 +126,8 @@ class RetryPolicy:
             except Exception as error:  # the predicate decides by type; what it does not name is raised
                 now = monotonic()
                 failing_since = now if failing_since is None else failing_since
-                delay = self.next_delay(attempt, now - failing_since) if retry_on(error) else None
+                retried = retry_on(error) or any(text in str(error) for text in self.texts)
+                delay = self.next_delay(attempt, now - failing_since) if retried else None
                 if delay is None:
                     _note_attempts(error, what, attempt, now - failing_since)
                     raise

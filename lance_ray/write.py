@@ -224,6 +224,8 @@ def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
         "allow_external_blob_outside_bases": options.allow_external_blob_outside_bases,
         "target_bases": list(options.target_bases) if options.target_bases else None,
     }
+    if options.max_rows_per_group is not None:
+        kwargs["max_rows_per_group"] = options.max_rows_per_group
     if target.mode == "append" and target.base is not None:
         return {**kwargs, "dataset_uri": target.base.open(), "mode": "append"}
     version = options.data_storage_version

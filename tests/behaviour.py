@@ -158,6 +158,21 @@ def overwrite(at: Address) -> None:
     assert ids(lance_ray.read_lance(**at())) == [0, 1]
 
 
+def blobs(at: Address) -> None:
+    given = pa.table({"id": [0, 1, 2], "data": pa.array([b"one" * 99, None, b""], pa.large_binary())})
+    schema = pa.schema([pa.field("id", pa.int64()), lance.blob_field("data", inline_size_threshold=8)])
+    lance_ray.write_lance(ray.data.from_arrow(given), schema=schema, mode="overwrite", **at())
+    found = lance_ray.read_lance(**at(), blob_range=(0, 3)).take_all()
+    assert [row["data"] for row in found] == [b"one", None, b""]
+    large, missing, empty = lance_ray.open_blobs(**at(), column="data", indices=[0, 1, 2])
+    assert missing is None
+    assert [handle and handle.read() for handle in (large, empty)] == [b"one" * 99, b""]
+    ended = lance_ray.read_lance(**at(), blobs="handles", filter="id = 0").map(
+        lambda row: {"end": row["data"].read_range(-1, 1)}
+    )
+    assert ended.take_all() == [{"end": b"e"}]
+
+
 OPERATIONS: dict[str, Callable[[Address], None]] = {
     "create": create,
     "append": append,
@@ -173,6 +188,7 @@ OPERATIONS: dict[str, Callable[[Address], None]] = {
     "describe": describe,
     "clean up": clean_up,
     "overwrite": overwrite,
+    "blobs": blobs,
 }
 
 QUICK = {

@@ -109,7 +109,9 @@ def test_a_token_vector_has_length_one_and_depends_on_the_tokens_alone():
     assert not quickstart.token_vector(b"").any()
 
 
-def test_every_example_is_run():
-    names = [path.stem for path in Path(quickstart.__file__ or "").parent.glob("*.py")]
+def test_every_example_is_run_and_listed_in_reading_order():
+    folder = Path(quickstart.__file__ or "").parent
     tests = "\n".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_examples*.py"))
-    assert [name for name in names if not re.search(rf"\b{name}\.main\(", tests)] == []
+    listed = re.findall(r"^\d+\. \[(\w+)\.py\]", (folder / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py"))
+    assert [name for name in listed if not re.search(rf"\b{name}\.main\(|examples/{name}\.py", tests)] == []

@@ -42,6 +42,7 @@ FORBIDDEN = {
     "executors.py": {"lance", "lance_namespace"},
     "datasource.py": {"lance_namespace"},
     "datasink.py": {"lance_namespace"},
+    "writing.py": {"lance_namespace"},
 }
 # What one file alone may call: who opens tables, who commits.
 RESERVED = {

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from lance_ray import datasink, read_lance, write, write_lance
-from lance_ray.datasink import LanceDatasink
+from lance_ray import read_lance, write, write_lance, writing
+from lance_ray.datasink import TableSink
 from lance_ray.errors import LanceRayError, StorageError
 from lance_ray.ledger import JobRef
 from lance_ray.retry import RetryPolicy
@@ -58,17 +58,17 @@ def sink(monkeypatch: pytest.MonkeyPatch, flag: Path) -> Callable[[type[FaultySi
     """Makes ``write_lance`` use a datasink with a fault."""
 
     def use(cls: type[FaultySink]) -> None:
-        def make(spec: WriteSpec, options: Any) -> LanceDatasink:
+        def make(spec: WriteSpec, options: Any) -> TableSink:
             made = cls(spec, options)
             made.flag = flag
             return made
 
-        monkeypatch.setattr(datasink, "LanceDatasink", make)
+        monkeypatch.setattr(writing, "TableSink", make)
 
     return use
 
 
-class FaultySink(LanceDatasink):
+class FaultySink(TableSink):
     """A datasink whose workers meet a fault in their first attempt."""
 
     flag: Path

@@ -137,11 +137,19 @@ def test_a_batch_may_become_several_files(uri: str):
     assert ids_of(uri) == list(range(10))
 
 
+def test_a_file_is_told_as_pickles_for_code_that_commits_by_itself(uri: str):
+    told = LanceFragmentWriter(uri)(rows(0, 3)).to_pylist()
+    fragments = [pickle.loads(row["fragment"]) for row in told]
+    schema = pickle.loads(told[0]["schema"])
+    lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments))
+    assert written_rows(uri) == rows(0, 3).to_pylist()
+
+
 def test_a_file_is_told_as_plain_data(uri: str):
     told = LanceFragmentWriter(uri, mode="create")(rows(0, 3))
-    assert told.schema.names == ["fragment", "schema", "rows", "bytes"]
+    assert told.schema.names == ["fragment", "schema", "rows", "bytes", "metadata"]
     assert told.column("rows").to_pylist() == [3]
-    assert data_files(uri).pop() in told.column("fragment")[0].as_py()
+    assert data_files(uri).pop() in told.column("metadata")[0].as_py()
     assert LanceFragmentWriter(uri, mode="create")(rows(0, 0)).column("fragment").to_pylist() == [None]
 
 
@@ -278,8 +286,8 @@ def test_each_half_looks_at_the_table_before_any_task_starts(half: Any, table: s
 @pytest.mark.parametrize(
     ("keywords", "parameter"),
     [
-        ({"use_legacy_format": True}, "use_legacy_format"),
-        ({"max_rows_per_group": 1024}, "max_rows_per_group"),
+        ({"max_rows_per_group": 0}, "max_rows_per_group"),
+        ({"retry_params": {"match": [""]}}, "texts"),
         ({"max_rows_per_file": 0}, "max_rows_per_file"),
         ({"max_bytes_per_file": -1}, "max_bytes_per_file"),
         ({"data_storage_version": "9.9"}, "data_storage_version"),

@@ -209,6 +209,37 @@ def test_a_conflict_that_nothing_can_be_rebased_over(table: Path):
     assert not error.retryable
 
 
+BESIDE: dict[str, Callable[[lance.LanceDataset], Any]] = {
+    "append": lambda table: lance.write_dataset(rows(9, 1), table.uri, mode="append"),
+    "delete": lambda table: table.delete("id = 1"),
+    "change of the schema": lambda table: table.add_columns({"more": "id + 1"}),
+    "compaction": lambda table: table.optimize.compact_files(),
+    "overwrite": lambda table: lance.write_dataset(rows(0, 3), table.uri, mode="overwrite"),
+}
+CHANGES: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
+    "delete": (lambda table: table.delete("id = 0"), {"overwrite"}),
+    "drop": (lambda table: table.drop_columns(["text"]), {"change of the schema", "overwrite"}),
+    "rename": (lambda table: table.alter_columns({"path": "text", "name": "t"}), {"change of the schema", "overwrite"}),
+    "cast": (lambda table: table.alter_columns({"path": "id", "data_type": pa.int32()}), set(BESIDE)),
+    "restore": (lambda table: table.checkout_version(1).restore(), set()),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_conflicts_with_what_its_docstring_says(tmp_path: Path, change: str, beside: str):
+    uri = str(tmp_path / "table")
+    lance.write_dataset(rows(0, 6), uri, max_rows_per_file=3)
+    lance.dataset(uri).delete("id = 2")
+    old = lance.dataset(uri)
+    BESIDE[beside](lance.dataset(uri))
+    act, conflicts = CHANGES[change]
+    if beside in conflicts:
+        assert isinstance(translated(lambda: act(old)), CommitConflictError)
+    else:
+        act(old)
+
+
 def refusal(options: dict[str, str]) -> StorageError:
     with pytest.raises(StorageError) as caught:
         TableRef.fold("s3://bucket/table", {"storage_options": options}).pin()

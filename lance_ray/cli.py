@@ -1,0 +1,692 @@
+"""The command line ``lance-ray`` (extra ``cli``): a thin face on the public functions, for people and for cron.
+
+Standard output has the result, as text or (``--json``) as one JSON document; progress, logs and errors go to standard
+error. Exit codes:
+
+====  ====================================================================================================
+0     done
+1     failed for another reason
+2     a bad argument; nothing was started
+3     there is no such table, version, tag or branch
+4     the table exists, or others kept winning; nothing was committed
+5     the store failed: credentials, network, a full disk
+6     the outcome of a commit is unknown; no file was removed
+7     done in part: some tasks or tables failed and are named
+8     ``health --check``: the table needs care
+130   interrupted
+====  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import ray
+import typer
+from ray.data import DataContext, Dataset
+
+import lance_ray
+from lance_ray.errors import (
+    CommitConflictError,
+    CommitOutcomeUnknownError,
+    InvalidArgumentError,
+    LanceRayError,
+    OperationFailedError,
+    StorageError,
+    TableExistsError,
+    TableNotFoundError,
+    VersionNotFoundError,
+    translate_errors,
+    unwrap,
+)
+from lance_ray.table import in_memory
+
+FAILED, BAD_ARGUMENT, NOT_FOUND, CONFLICT, STORAGE, UNKNOWN, PARTIAL, NEEDS_CARE, INTERRUPTED = *range(1, 9), 130
+_CODES: tuple[tuple[type[LanceRayError], int], ...] = (
+    (InvalidArgumentError, BAD_ARGUMENT),
+    (TableNotFoundError, NOT_FOUND),
+    (VersionNotFoundError, NOT_FOUND),
+    (TableExistsError, CONFLICT),
+    (CommitConflictError, CONFLICT),
+    (StorageError, STORAGE),
+    (CommitOutcomeUnknownError, UNKNOWN),
+    (OperationFailedError, PARTIAL),
+)
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_FORMATS = {".lance": "lance", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".avro": "avro"}
+
+app = typer.Typer(
+    name="lance-ray",
+    help="Lance tables from the command line, with Ray where there is work to share.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Table = Annotated[str | None, typer.Argument(help="Path or URI of the table; left out with --table-id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster: 'auto', host:port or ray://host:port. By default a local one is made.")
+]
+StorageOptions = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", metavar="KEY=VALUE", help="For the store; env:NAME takes a secret from there."),
+]
+NamespaceImpl = Annotated[str | None, typer.Option(help="Catalog: dir, rest, glue, hive2, unity, ...")]
+NamespaceProperties = Annotated[
+    list[str] | None,
+    typer.Option("--namespace-property", metavar="KEY=VALUE", help="For the catalog; env:NAME as for the store."),
+]
+TableId = Annotated[str | None, typer.Option(help="Name of the table in the catalog, parts joined by dots.")]
+Version = Annotated[str | None, typer.Option(help="Version number or tag; the newest by default.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Workers = Annotated[int | None, typer.Option(help="Workers at most; decided by the cluster by default.")]
+Columns = Annotated[str | None, typer.Option(help="Columns, joined by commas.")]
+Filter = Annotated[str | None, typer.Option("--filter", help="SQL filter, before the ranking of a search.")]
+
+
+@app.command()
+def info(
+    table: Table = None,
+    *,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a table is, its newest version, its columns and its indices."""
+    with _told(as_json):
+        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        found = lance_ray.describe_table(**address)
+        lines = [str(found)]
+        told = _plain(found) | {"fragments": 0, "bytes": 0, "indices": []}
+        if found.version is not None:
+            health = lance_ray.table_health(**address)
+            told |= {"fragments": len(health.fragments), "bytes": health.bytes, "indices": _plain(health.indices)}
+            lines += [f"  {item.name}: {item.type}" for item in found.schema or ()]
+            lines += [f"  {len(health.fragments):,} fragment(s), {health.bytes / 1e6:,.1f} MB"]
+            lines += [f"  index {index}" for index in health.indices]
+        _print(told, "\n".join(lines), as_json)
+
+
+@app.command()
+def health(
+    table: Table = None,
+    *,
+    version: Version = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 8 if there is something to compact.")] = False,
+    compaction_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as target_rows_per_fragment=1000000.")
+    ] = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Show fragments, deleted rows and index coverage, and what a compaction would do."""
+    with _told(as_json):
+        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        found = lance_ray.table_health(
+            **address, version=_version(version), compaction_options=_values("--compaction-option", compaction_option)
+        )
+        totals = {"rows": found.rows, "deleted_rows": found.deleted_rows, "bytes": found.bytes}
+        _print(_plain(found) | totals | {"small_files": found.small_files}, str(found), as_json)
+    if check and found.compaction is not None:
+        raise typer.Exit(NEEDS_CARE)
+
+
+@app.command()
+def compact(
+    table: Table = None,
+    *,
+    compaction_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as target_rows_per_fragment=1000000.")
+    ] = None,
+    micro_commit_batch_size: Annotated[int | None, typer.Option(help="Commit after so many rewrites.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Start no rewrite later than this.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Rewrite no more than this.")] = None,
+    max_tasks: Annotated[int | None, typer.Option(help="No more rewrites than this.")] = None,
+    num_workers: Workers = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Merge small fragments and drop deleted rows. What fails costs only itself (exit code 7)."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        report: Any = lance_ray.compact_files(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            compaction_options=_values("--compaction-option", compaction_option),
+            micro_commit_batch_size=micro_commit_batch_size,
+            max_seconds=max_seconds,
+            max_bytes=max_bytes,
+            max_tasks=max_tasks,
+            num_workers=num_workers,
+            dry_run=dry_run,
+            on_failure="report",
+            progress=False if quiet or as_json else None,
+        )
+        _print(_plain(report), "nothing to do" if report is None else str(report), as_json)
+    if getattr(report, "failures", ()):
+        raise typer.Exit(PARTIAL)
+
+
+@app.command()
+def cleanup(
+    table: Table = None,
+    *,
+    older_than: Annotated[str | None, typer.Option(help="Age of versions to remove, such as 36h or 14d.")] = None,
+    retain_versions: Annotated[int | None, typer.Option(help="Versions to keep, the newest ones.")] = None,
+    orphans: Annotated[
+        bool, typer.Option("--orphans", help="Remove what killed jobs left, instead of old versions.")
+    ] = False,
+    dry_run: DryRun = False,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Remove old versions with the files that only they need, or (--orphans) the files of killed jobs."""
+    with _told(as_json):
+        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        if orphans and (older_than is not None or retain_versions is not None):
+            raise InvalidArgumentError("--orphans", True, "has nothing to do with --older-than and --retain-versions")
+        report: Any = (
+            lance_ray.cleanup_orphans(**address, dry_run=dry_run)
+            if orphans
+            else lance_ray.cleanup_old_versions(
+                **address, older_than=_age(older_than), retain_versions=retain_versions, dry_run=dry_run
+            )
+        )
+        _print(_plain(report), str(report), as_json)
+
+
+index_app = typer.Typer(
+    help="Build, refresh, merge, drop and list indexes.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(index_app, name="index")
+Name = Annotated[str | None, typer.Option(help="Name of the index.")]
+Segments = Annotated[int | None, typer.Option(help="Segments; decided by the size of the table by default.")]
+
+
+@index_app.command("create")
+def index_create(
+    table: Table = None,
+    *,
+    column: Annotated[str, typer.Option(help="Column; a nested one by its path.")],
+    type_: Annotated[str, typer.Option("--type", help="BTREE, BITMAP, INVERTED, IVF_PQ, IVF_HNSW_SQ, ...")],
+    name: Name = None,
+    replace: Annotated[bool, typer.Option(help="Whether an index of this name may be there already.")] = True,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as metric=cosine or num_partitions=256.")
+    ] = None,
+    num_segments: Segments = None,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Build an index on the workers; it becomes visible in one commit."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        is_vector = type_.upper().startswith("IVF_")
+        build: Callable[..., Any] = lance_ray.create_index if is_vector else lance_ray.create_scalar_index
+        report = build(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            column=column,
+            index_type=type_.upper(),
+            name=name,
+            replace=replace,
+            num_segments=num_segments,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+            **_values("--option", option) or {},
+        )
+        _print(_plain(report), str(report), as_json)
+
+
+@index_app.command("refresh")
+def index_refresh(
+    table: Table = None,
+    *,
+    name: Name = None,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Index the rows that an index (by default each) does not know yet."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        reports: Any = lance_ray.refresh_index(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            name=name,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+        )
+        _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
+
+
+@index_app.command("optimize")
+def index_optimize(
+    table: Table = None,
+    *,
+    name: Name = None,
+    num_segments: Segments = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Build anew, with newly trained models.")] = False,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Take in new rows and merge segments of an index, by default of each."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        reports: Any = lance_ray.optimize_indices(
+            **_address(table, storage_option, namespace_impl, namespace_property, table_id),
+            indices=None if name is None else [name],
+            num_segments=num_segments,
+            retrain=retrain,
+            num_workers=num_workers,
+            progress=False if quiet or as_json else None,
+            return_report=True,
+        )
+        _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
+
+
+@index_app.command("drop")
+def index_drop(
+    table: Table = None,
+    *,
+    name: Annotated[str, typer.Option(help="Name of the index.")],
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Drop an index; older versions keep it."""
+    with _told(as_json):
+        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        version = lance_ray.drop_index(**address, name=name).version
+        _print({"name": name, "version": version}, f"{name}: dropped in version {version}", as_json)
+
+
+@index_app.command("list")
+def index_list(
+    table: Table = None,
+    *,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """List indexes, and how many rows each knows."""
+    with _told(as_json):
+        found = lance_ray.list_indices(**_address(table, storage_option, namespace_impl, namespace_property, table_id))
+        _print(_plain(found), "\n".join(map(str, found)) or "no indexes", as_json)
+
+
+@app.command()
+def search(
+    table: Table = None,
+    *,
+    vector: Annotated[
+        str | None, typer.Option(help="Numbers as a JSON list, or @file with such a list or in NumPy's format.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Words to look for; with --vector both rankings are fused.")] = None,
+    column: Annotated[str | None, typer.Option(help="Vector column.")] = None,
+    text_columns: Annotated[str | None, typer.Option(help="Text columns, joined by commas.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Rows to find.")] = 10,
+    nearest_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as nprobes=20 or refine_factor=4.")
+    ] = None,
+    columns: Columns = None,
+    filter_: Filter = None,
+    version: Version = None,
+    num_workers: Workers = None,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+    namespace_impl: NamespaceImpl = None,
+    namespace_property: NamespaceProperties = None,
+    table_id: TableId = None,
+    as_json: Json = False,
+) -> None:
+    """Find the rows nearest to a vector, the best for a text, or both."""
+    with _told(as_json):
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        nearest = None
+        if vector is not None:
+            options = _values("--nearest-option", nearest_option) or {}
+            nearest = {"column": column or "vector", "q": _vector(vector), "k": k, **options}
+        asked = {
+            "columns": _names(columns),
+            "filter": filter_,
+            "version": _version(version),
+            "num_workers": num_workers,
+        }
+        with _ray(address, quiet=True, start=num_workers is not None):
+            found = _searched(where, nearest, text, _names(text_columns), k, asked)
+        _print(found.to_pylist(), _rows(found), as_json)
+
+
+def _searched(
+    where: dict[str, Any],
+    nearest: dict[str, Any] | None,
+    text: str | None,
+    text_columns: list[str] | None,
+    k: int,
+    asked: dict[str, Any],
+) -> pa.Table:
+    if nearest is not None and text is not None:
+        return lance_ray.hybrid_search(
+            **where, **asked, nearest=nearest, full_text_query=text, text_columns=text_columns, limit=k
+        )
+    if nearest is not None:
+        found: pa.Table = lance_ray.vector_search(**where, **asked, nearest=nearest)
+        return found
+    if text is None:
+        raise InvalidArgumentError("--vector", None, "give --vector, --text or both")
+    uri = where.pop("uri")
+    return lance_ray.full_text_search(uri, text, **where, **asked, text_columns=text_columns, limit=k)
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="What to read: a Lance table, or anything that Ray reads.")],
+    target: Annotated[str, typer.Argument(help="Where to write: a Lance table, or what Ray writes.")],
+    *,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Format, as in ray.data.read_FORMAT; by default by the name's end.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Format, as in Dataset.write_FORMAT; by default by the name's end.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="For a Lance table: create, append, overwrite or ignore.")] = "create",
+    columns: Columns = None,
+    filter_: Filter = None,
+    limit: Annotated[int | None, typer.Option(help="Rows at most.")] = None,
+    job_id: Annotated[str | None, typer.Option(help="Makes the copy to a Lance table repeatable.")] = None,
+    read_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Further arguments of the reader, as JSON.")
+    ] = None,
+    write_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Further arguments of the writer, as JSON.")
+    ] = None,
+    storage_option: StorageOptions = None,
+    quiet: Quiet = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Copy between a Lance table and any format that Ray reads and writes. --filter and --columns go into the scan."""
+    with _told(as_json), _ray(address, quiet=quiet or as_json):
+        store = _pairs("--storage-option", storage_option)
+        chosen = {"columns": _names(columns), "filter": filter_, "limit": limit, "storage_options": store}
+        ds = _read(source, from_ or _format(source), chosen, _values("--read-option", read_option) or {})
+        options = _values("--write-option", write_option) or {}
+        if (to or _format(target)) == "lance":
+            report = lance_ray.write_lance(ds, target, mode=mode, job_id=job_id, storage_options=store, **options)
+            _print(_plain(report), str(report), as_json)
+            return
+        for name, value, default in (("--mode", mode, "create"), ("--job-id", job_id, None)):
+            if value != default:
+                raise InvalidArgumentError(name, value, "is for a Lance table as the target")
+        _writer(ds, to or _format(target))(target, **options)
+        _print({"target": target}, f"{target}: written", as_json)
+
+
+def _read(source: str, format_: str, chosen: dict[str, Any], options: dict[str, Any]) -> Dataset:
+    if format_ == "lance":
+        return lance_ray.read_lance(source, **chosen, **options)
+    reader = getattr(ray.data, f"read_{format_}", None)
+    if reader is None:
+        known = sorted(name.removeprefix("read_") for name in dir(ray.data) if name.startswith("read_"))
+        raise InvalidArgumentError("--from", format_, f"Ray reads {known}")
+    found: Dataset = reader(source, **options)
+    if chosen["filter"] is not None:
+        found = found.map_batches(_Where(chosen["filter"]), batch_format="pyarrow", batch_size=None)
+    if chosen["columns"] is not None:
+        found = found.select_columns(chosen["columns"])
+    return found if chosen["limit"] is None else found.limit(chosen["limit"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """The SQL of Lance for rows from elsewhere."""
+
+    sql: str
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if not table.num_rows:
+            return table
+        with translate_errors("--filter", self.sql):
+            return in_memory(table).scanner(filter=self.sql).to_table()
+
+
+def _writer(ds: Dataset, format_: str) -> Callable[..., Any]:
+    writer: Callable[..., Any] | None = getattr(ds, f"write_{format_}", None)
+    if writer is None:
+        known = sorted(name.removeprefix("write_") for name in dir(ds) if name.startswith("write_"))
+        raise InvalidArgumentError("--to", format_, f"Ray writes {known}")
+    return writer
+
+
+def _format(place: str) -> str:
+    """The format that the end of a name tells; a Lance table where it tells none."""
+    return _FORMATS.get(Path(place.rstrip("/")).suffix, "lance")
+
+
+# Arguments
+
+
+def _address(
+    table: str | None,
+    storage_option: Sequence[str] | None,
+    namespace_impl: str | None,
+    namespace_property: Sequence[str] | None,
+    table_id: str | None,
+) -> dict[str, Any]:
+    return {
+        "uri": table,
+        "storage_options": _pairs("--storage-option", storage_option),
+        "namespace_impl": namespace_impl,
+        "namespace_properties": _pairs("--namespace-property", namespace_property),
+        "table_id": None if table_id is None else table_id.split("."),
+    }
+
+
+def _pairs(option: str, given: Sequence[str] | None) -> dict[str, str] | None:
+    """KEY=VALUE pairs; a value env:NAME is read from the environment, so that no secret is in a list of processes."""
+    found = {}
+    for item in given or ():
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise InvalidArgumentError(option, key, "must be KEY=VALUE")
+        if value.startswith("env:"):
+            name = value.removeprefix("env:")
+            if name not in os.environ:
+                raise InvalidArgumentError(option, f"{key}={value}", f"the environment has no {name}")
+            value = os.environ[name]
+        found[key] = value
+    return found or None
+
+
+def _values(option: str, given: Sequence[str] | None) -> dict[str, Any] | None:
+    """The same with values read as JSON where they are JSON."""
+    return {key: _value(value) for key, value in (_pairs(option, given) or {}).items()} or None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _version(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _age(text: str | None) -> dt.timedelta | None:
+    if text is None:
+        return None
+    found = _AGE.fullmatch(text)
+    if found is None:
+        raise InvalidArgumentError("--older-than", text, "must be a number and one of s, m, h, d, w, such as 14d")
+    return dt.timedelta(**{_UNITS[found[2]]: float(found[1])})
+
+
+def _vector(text: str) -> Any:
+    if not text.startswith("@"):
+        return _numbers(text)
+    path = Path(text[1:])
+    try:
+        if path.suffix == ".npy":
+            import numpy as np
+
+            return np.load(path, allow_pickle=False)
+        return _numbers(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError("--vector", text, str(error)) from None
+
+
+def _numbers(text: str) -> Any:
+    found = _value(text)
+    if not isinstance(found, list):
+        raise InvalidArgumentError("--vector", text, "must be a JSON list of numbers")
+    return found
+
+
+# What runs around a command
+
+
+@contextmanager
+def _ray(address: str | None, *, quiet: bool, start: bool = True) -> Iterator[None]:
+    """Ray for the time of a command: the cluster at the address, or one of this process."""
+    started = not ray.is_initialized() and (start or address is not None)
+    if started:
+        _start(address)
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.raise_original_map_exception
+    context.enable_progress_bars = not quiet and sys.stderr.isatty()
+    context.raise_original_map_exception = True  # or an error of a worker would come without its type
+    log = logging.getLogger("ray.data")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what fails is told here, once
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        context.enable_progress_bars, context.raise_original_map_exception = before
+        if started:
+            ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    options: dict[str, Any] = {"address": address} if address else {}
+    if not address and "RAY_ADDRESS" not in os.environ:
+        options = {"include_dashboard": False}
+    warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray starts processes by fork and exec, which is safe
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InvalidArgumentError("--address", address, str(error)) from None
+
+
+@contextmanager
+def _told(as_json: bool) -> Iterator[None]:
+    """Turns errors into one line (or JSON document) on standard error and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the caller of a command hears it in one way
+        found = unwrap(error)
+        code = next((code for kind, code in _CODES if isinstance(found, kind)), FAILED)
+        text = str(found).partition("\nFailed to apply UDF")[0]  # Ray adds advice of its own
+        if as_json:
+            told = {"error": type(found).__name__, "message": text, "exit_code": code}
+            typer.echo(json.dumps(told), err=True)
+        else:
+            typer.echo(f"lance-ray: {text}", err=True)
+        raise typer.Exit(code) from None
+
+
+def _print(told: Any, text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(told, default=_plain) if as_json else text)
+
+
+def _plain(value: Any) -> Any:
+    """Reports, and what Arrow holds, as JSON has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, pa.Schema):
+        return {item.name: str(item.type) for item in value}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+def _rows(found: pa.Table) -> str:
+    """Rows as text, one line each; long values are cut."""
+    lines = ["\t".join(found.schema.names)]
+    lines += ["\t".join(_cell(value) for value in row.values()) for row in found.to_pylist()]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = str(_plain(value)).replace("\n", " ").replace("\t", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def main() -> None:
+    """The entry point of ``lance-ray``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

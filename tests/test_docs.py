@@ -1,0 +1,94 @@
+"""The documentation: every Python block of every page runs, every public name is in the reference, the site builds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import lance_ray
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The blocks that are run, with their line in the page."""
+    text = page.read_text("utf-8")
+    found = BLOCK.finditer(text)
+    return [
+        (text[: block.start("code")].count("\n"), block["code"])
+        for block in found
+        if not NOT_RUN.fullmatch(block["before"])
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what the pages read."""
+    monkeypatch.chdir(tmp_path)
+    ids = np.arange(2000)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(ids.astype(np.float32), 8)), 8)
+    documents = pa.table(
+        {
+            "id": ids,
+            "lang": ["de" if item % 3 else "en" for item in ids],
+            "text": [f"text {item}" for item in ids],
+            "length": ids % 50,
+            "vector": vectors,
+        }
+    )
+    lance.write_dataset(documents, "documents.lance", max_rows_per_file=500)
+    Path("images").mkdir()
+    for number in range(3):
+        (Path("images") / f"{number}.bin").write_bytes(bytes([number]) * 100)
+    Path("catalog").mkdir()
+    return tmp_path
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session", "folder")
+@pytest.mark.filterwarnings("ignore:unclosed file .*ray-data:ResourceWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_from_its_top_to_its_end(page: Path):
+    namespace: dict[str, Any] = {"__name__": f"docs_{page.stem}"}
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_a_block_that_is_not_run_says_why():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        marks = re.findall(r"<!-- not run.*", text)
+        assert [mark for mark in marks if not NOT_RUN.fullmatch(mark)] == [], page.name
+        assert text.count("```python\n") == len(BLOCK.findall(text)), page.name
+
+
+def test_every_public_name_is_in_the_reference():
+    told = set(re.findall(r"^::: lance_ray\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE))
+    named = {name for name in lance_ray.__all__ if not name.endswith("Error")}
+    assert named - told == set()
+    assert "errors" in told
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert [page.name for page in PAGES if f": {page.name}" not in menu] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "read_lance" in (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
