@@ -185,7 +185,28 @@ def test_a_name_that_is_not_one_of_a_data_file_is_refused(on_disk: Place, name: 
     job = on_disk.job()
     with job.running("write"):
         job.record([WrittenPath(name)])
-        with pytest.raises(LanceRayError, match="not the name of a data file"):
+        with pytest.raises(LanceRayError, match="names neither a data file nor a segment"):
+            job.discard()
+    assert on_disk.ids() == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        WrittenPath("../data", folder="_indices"),
+        WrittenPath(".", folder="_indices"),
+        WrittenPath("12345678-1234-4234-8234-123456789abc", folder="_versions"),
+        WrittenPath("12345678-1234-4234-8234-123456789abc", base="/", folder="_indices"),
+        WrittenPath("12345678-1234-4234-8234-123456789abc/../../data", folder="_indices"),
+    ],
+    ids=str,
+)
+def test_a_name_that_is_not_one_of_a_segment_is_refused(on_disk: Place, item: WrittenPath):
+    on_disk.write(rows(0, 5))
+    job = on_disk.job()
+    with job.running("create_index"):
+        job.record([item])
+        with pytest.raises(LanceRayError, match="names neither a data file nor a segment"):
             job.discard()
     assert on_disk.ids() == list(range(5))
 
