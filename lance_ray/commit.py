@@ -17,6 +17,7 @@ import datetime as dt
 import json
 import logging
 import random
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -178,12 +179,16 @@ class PutIndex(Operation):
             )
 
 
+_PLAIN = re.compile(r"[^.`\s]+")
+
+
 def field_paths(dataset: lance.LanceDataset) -> Iterator[tuple[str, int, str]]:
-    """All columns, those in structs and lists too: path, id of the field, type."""
+    """All columns, those in structs and lists too: path (odd names in backticks), id of the field, type."""
 
     def below(fields: Iterator[Any] | Sequence[Any], prefix: str) -> Iterator[tuple[str, int, str]]:
         for item in fields:
-            path = prefix + item.name()
+            name = item.name()
+            path = prefix + (name if _PLAIN.fullmatch(name) else f"`{name}`")
             yield path, item.id(), str(item.to_arrow().type)
             yield from below(item.children(), f"{path}.")
 

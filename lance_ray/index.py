@@ -7,6 +7,7 @@ commits them (:mod:`lance_ray.index_build`).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import uuid
@@ -32,18 +33,22 @@ from lance_ray.index_build import (
     TheseFragments,
     Wish,
     all_fragments,
+    described_indices,
     index_column,
     probe,
+    taken,
 )
 from lance_ray.index_models import checked_models
-from lance_ray.ledger import JobRef
+from lance_ray.ledger import JobRef, segment_exists
 from lance_ray.options import CommitOptions, OpenOptions, check_flag, check_positive, pairs
 from lance_ray.planning.indexes import ALIASES, KINDS, IndexKind
 from lance_ray.progress import Reporter, check_progress
 from lance_ray.read import bytes_per_row
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, newest
 
 logger = logging.getLogger(__name__)
+
+_TRAINED = ("num_partitions", "target_partition_size", "ivf_centroids", "pq_codebook", "rabitq_model")
 
 METRICS = {"l2": "l2", "euclidean": "l2", "cosine": "cosine", "dot": "dot", "hamming": "hamming"}
 
@@ -395,6 +400,12 @@ def fold_index_job(
         vector = _fold_vector(named.kind, vector)
     if options.index_uuid and not named.kind.named:
         raise InvalidArgumentError("index_uuid", options.index_uuid, f"the engine chooses that of {named.kind.name}")
+    if not named.train and options.fragment_ids is not None:
+        raise InvalidArgumentError("fragment_ids", options.fragment_ids, "an index with train=False knows no fragment")
+    decided = [item for item in _TRAINED if not named.train and vector.get(item) is not None]
+    if decided:
+        raise InvalidArgumentError(decided[0], "given", "belongs to the training, which train=False leaves for later")
+    options = dataclasses.replace(options, replace=named.replace)
     name = named.name or f"{named.column}_idx"
     return IndexJob(ref, name, named.column, named.kind, named.replace, named.train, options, parameters, vector)
 
@@ -408,6 +419,8 @@ def _fold_vector(kind: IndexKind, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("num_partitions", "target_partition_size", "num_sub_vectors", "max_iters"):
         check_positive(name, vector[name])
     check_positive("sample_rate", vector["sample_rate"], optional=False)
+    if vector["num_partitions"] is not None and vector["target_partition_size"] is not None:
+        raise InvalidArgumentError("target_partition_size", vector["target_partition_size"], "num_partitions is given")
     if vector["sample_rate"] < 2:
         raise InvalidArgumentError("sample_rate", vector["sample_rate"], "must be at least 2")
     for name, wanted in (("pq_codebook", "_PQ"), ("num_sub_vectors", "_PQ"), ("rabitq_model", "_RQ")):
@@ -422,14 +435,14 @@ def create(job: IndexJob) -> tuple[PinnedTable, IndexReport]:
     table = job.ref.pin()
     column = index_column(table, job.column, lambda schema: bytes_per_row(table, schema))
     definition = define(job, column)
-    _check_against(table, job)
+    _check_against(table, job, column)
     probe(table, definition)
     wanted = _wish(job)
     ledger = JobRef(table, f"index-{uuid.uuid4().hex}", table.version)
     tasks = Tasks(table, job.options, "create_index")
     build = Build(table, definition, column, ledger, job.options)
     with settled(ledger, build, "create_index"):
-        receipt = build.through(tasks, wanted, lambda _: True)
+        receipt = build.through(tasks, wanted)
     return build.table, report_of(build, receipt, tasks, "create_index", time.monotonic() - began)
 
 
@@ -467,7 +480,7 @@ def define(job: IndexJob, column: Column) -> IndexDef:
         InvalidArgumentError: the column holds no vectors, or a model has another shape than they.
     """
     if not job.kind.is_vector:
-        return IndexDef(job.name, job.column, job.kind, options=job.parameters)
+        return IndexDef(job.name, column.path, job.kind, options=job.parameters)
     vector = job.vector
     if column.dimension is None:
         raise InvalidArgumentError("column", job.column, f"holds no vectors of a fixed size, but {column.type}")
@@ -477,14 +490,14 @@ def define(job: IndexJob, column: Column) -> IndexDef:
         if column.dimension % sub_vectors:
             raise InvalidArgumentError("num_sub_vectors", sub_vectors, f"must divide the dimension {column.dimension}")
     bits = int(job.parameters.get("num_bits") or 8)
-    models = checked_models(vector, column.dimension, sub_vectors, bits)
+    models = checked_models(vector, column.dimension, sub_vectors, bits, column.values)
     if models.centroids is not None and vector["num_partitions"] not in (None, len(models.centroids)):
         raise InvalidArgumentError(
             "num_partitions", vector["num_partitions"], f"there are {len(models.centroids)} ivf_centroids"
         )
     return IndexDef(
         job.name,
-        job.column,
+        column.path,
         job.kind,
         vector["metric"],
         job.parameters,
@@ -505,10 +518,15 @@ def _default_sub_vectors(dimension: int) -> int:
     raise InvalidArgumentError("num_sub_vectors", None, f"must be given: 16 and 8 do not divide {dimension}")
 
 
-def _check_against(table: PinnedTable, job: IndexJob) -> None:
+def _check_against(table: PinnedTable, job: IndexJob, column: Column) -> None:
     dataset = table.open()
-    if not job.replace and job.name in commit.index_names(dataset):
-        raise InvalidArgumentError("name", job.name, "there is an index of this name; replace=True replaces it")
+    there = next((item for item in described_indices(newest(table).open()) if item.name == job.name), None)
+    if there is not None and not job.replace:
+        raise taken(job.name)
+    if there is not None and list(there.fields) != [column.id]:
+        raise InvalidArgumentError("name", job.name, f"is the name of an index on {', '.join(there.field_names)}")
+    if job.options.index_uuid and segment_exists(table, job.options.index_uuid):
+        raise InvalidArgumentError("index_uuid", job.options.index_uuid, "the table has such a segment, or had one")
     have = set(dataset.fragment_ids())
     if unknown := sorted(set(job.options.fragment_ids or ()) - have):
         raise InvalidArgumentError("fragment_ids", unknown, f"must be among the table's {len(have)} fragments")
@@ -520,7 +538,7 @@ def report_of(
     """What a build did, and what the index knows now."""
     table = build.table
     dataset = table.open() if receipt is None else table.open_at(receipt.version)
-    described = next((item for item in dataset.describe_indices() if item.name == build.index.name), None)
+    described = next((item for item in described_indices(dataset) if item.name == build.index.name), None)
     have = set(dataset.fragment_ids())
     known = {item for segment in (described.segments if described else ()) for item in segment.fragment_ids} & have
     done: list[Built] = build.built

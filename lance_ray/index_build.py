@@ -12,6 +12,7 @@ from typing import Any
 
 import lance
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from lance.indices import IndexConfig
 
@@ -227,6 +228,8 @@ class BuildOptions:
     progress: bool | Reporter | None = None
     commit: CommitOptions = field(default_factory=CommitOptions)
     max_rebuilds: int = 5
+    replace: bool = True
+    """Whether an index of the name may be there already."""
     segment_bytes: int = field(default_factory=lambda: SEGMENT_BYTES)
 
 
@@ -333,8 +336,9 @@ class Tasks:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The indexed column of a version: the field's id and type, and what a row of it weighs."""
+    """The indexed column of a version: its path, the field's id and type, and what a row of it weighs."""
 
+    path: str
     id: int
     type: str
     arrow: pa.DataType | None
@@ -343,10 +347,21 @@ class Column:
     @property
     def dimension(self) -> int | None:
         """Of the vectors; None where it holds none."""
-        kind = self.arrow.storage_type if isinstance(self.arrow, pa.BaseExtensionType) else self.arrow
+        kind = self._vector
+        return None if kind is None else kind.list_size
+
+    @property
+    def values(self) -> pa.DataType | None:
+        """The type of a vector's values."""
+        kind = self._vector
+        return None if kind is None else kind.value_type
+
+    @property
+    def _vector(self) -> Any:
+        kind: Any = self.arrow.storage_type if isinstance(self.arrow, pa.BaseExtensionType) else self.arrow
         if kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             kind = kind.value_type
-        return kind.list_size if kind is not None and pa.types.is_fixed_size_list(kind) else None
+        return kind if kind is not None and pa.types.is_fixed_size_list(kind) else None
 
 
 def column_files(dataset: lance.LanceDataset, column: int) -> dict[int, tuple[str, ...]]:
@@ -389,13 +404,12 @@ class Build:
         self.rebuilt = 0
         self.unsettled = False
 
-    def through(self, tasks: Tasks, wanted: Wish, replaces: Callable[[Any], bool]) -> commit.CommitReceipt:
-        """Build segments over the fragments that are wanted, and put them in the place of those that they replace.
+    def through(self, tasks: Tasks, wanted: Wish) -> commit.CommitReceipt:
+        """Build segments over the fragments that are wanted, and put them in the place of all that the index has.
 
         Args:
             tasks: where.
             wanted: which fragments of a version.
-            replaces: of the segments that the index has, those that go.
 
         Raises:
             CommitConflictError: others rewrote the caller's fragments, or rewrote fragments faster than they are built.
@@ -406,38 +420,44 @@ class Build:
         self.train(tasks, fragments)
         segments = self.segments_for(tasks, self.stats(fragments))
         for round_ in range(self.options.max_rebuilds + 1):
+            last = round_ == self.options.max_rebuilds
             try:
-                receipt = self.put(segments, replaces)
+                receipt = self.put(segments, lambda _: True)
+                if last or not self.has_lost(receipt, segments, wanted):
+                    return receipt
+                logger.info("others rewrote what the index %s knew; it is built again", self.index.name)
+                segments = self._rebuilt(tasks, wanted)
             except CommitConflictError as conflict:
-                if not conflict.retryable or round_ == self.options.max_rebuilds:
+                if last or not conflict.retryable:
                     raise
                 logger.info("the index %s is adapted to other commits: %s", self.index.name, conflict)
                 segments = self._adapted(tasks, segments, wanted)
-                continue
-            lost = self._lost(receipt, segments)
-            if not lost or round_ == self.options.max_rebuilds:
-                return receipt
-            logger.info("others rewrote the column in fragments %s meanwhile; these are indexed again", sorted(lost))
-            segments = self.segments_for(tasks, self.stats(lost))
-            self.rebuilt += len(segments)
-            replaces = _none
-            if self.index.one_segment:
-                segments, replaces = self.segments_for(tasks, self.stats(wanted(self.table.open()))), _all
         raise AssertionError  # pragma: no cover - the loop returns or raises
 
-    def _lost(self, receipt: commit.CommitReceipt, segments: Sequence[Any]) -> frozenset[int]:
-        """Fragments that the engine took out of the segments as they landed, and which the table still has.
+    def has_lost(self, receipt: commit.CommitReceipt, segments: Sequence[Any], wanted: Wish) -> bool:
+        """Whether the engine took fragments out of the segments as they landed, whose rows the table still has.
 
-        Whoever rewrites the column of a fragment meanwhile makes what the segments know of it worthless.
+        Whoever rewrites the column of a fragment meanwhile makes what the segments know of it worthless, and so does a
+        compaction that leaves the indexes for later.
         """
         asked = frozenset().union(*(item.fragment_ids for item in segments))
-        dataset = self.table.open_at(receipt.version)
         made = {str(item.uuid) for item in segments}
-        known = [item for item in described_segments(dataset, self.index.name) if str(item.uuid) in made]
-        lost = (asked & all_fragments(dataset)).difference(*(item.fragment_ids for item in known))
-        if lost:
-            self.table = newest(self.table)
-        return frozenset(lost & all_fragments(self.table.open()))
+        landed = described_segments(self.table.open_at(receipt.version), self.index.name)
+        known = frozenset().union(*(item.fragment_ids for item in landed if str(item.uuid) in made))
+        now = newest(self.table).open()
+        if (asked - known) & all_fragments(now):
+            return True
+        deferred = any(item.name == FRAGMENT_REUSE for item in described_indices(now))
+        others = frozenset().union(*(item.fragment_ids for item in described_segments(now, self.index.name)))
+        return bool(asked - known and deferred and wanted(now) - others)
+
+    def _rebuilt(self, tasks: Tasks, wanted: Wish) -> list[Any]:
+        self.table = newest(self.table)
+        self._refuse_a_newcomer()
+        self.options = dataclasses.replace(self.options, index_uuid=None)  # that name is taken
+        segments = self.segments_for(tasks, self.stats(wanted(self.table.open())))
+        self.rebuilt += len(segments)
+        return segments
 
     def put(self, segments: Sequence[Any], replaces: Callable[[Any], bool]) -> commit.CommitReceipt:
         """Commit the segments as of the version that they were built on, in the place of those that they replace."""
@@ -540,21 +560,34 @@ class Build:
             return plan_sample(stats, count, self.column.row_bytes, seed=self.table.version)
 
         wanted = Wanted(
-            training, index.kind.is_product_quantized, index.kind.name == "IVF_RQ", dimension, nodes=tasks.nodes
+            training,
+            index.kind.is_product_quantized,
+            index.kind.name == "IVF_RQ",
+            dimension,
+            nodes=tasks.nodes,
+            values=self.column.values,
         )
         models = train(wanted, index.models, sample, lambda fn, work: tasks.run(fn, work, training, fn.__name__))
         self.index = dataclasses.replace(index, models=models, accelerator=None)
 
     def _adapted(self, tasks: Tasks, segments: Sequence[Any], wanted: Wish) -> list[Any]:
-        """The segments for the newest version: what still stands of them, and new ones for the rest."""
+        """The segments for the newest version: those that still stand, and new ones for the other fragments.
+
+        A segment stands while nobody has rewritten the column in one of its fragments: the engine reads what a segment
+        holds of a fragment as soon as any segment is said to know it. Where row ids are stable, rows come to other
+        fragments under their ids, and no segment stands.
+        """
         planned = column_files(self.table.open(), self.column.id)
         self.table = newest(self.table)
+        self._refuse_a_newcomer()
         dataset = self.table.open()
-        stand, wish = standing(planned, column_files(dataset, self.column.id)), wanted(dataset)
-        kept: list[Any] = []
-        if not self.index.one_segment and not self.options.index_uuid:
-            kept = [dataclasses.replace(item, fragment_ids=set(item.fragment_ids) & stand & wish) for item in segments]
-            kept = [item for item in kept if item.fragment_ids]
+        now, wish = column_files(dataset, self.column.id), wanted(dataset)
+        rewritten = frozenset(now) & frozenset(planned) - standing(planned, now)
+        alone = self.index.one_segment or self.options.index_uuid or dataset.has_stable_row_ids
+        self.options = dataclasses.replace(self.options, index_uuid=None)
+        kept = [] if alone else [item for item in segments if not rewritten & set(item.fragment_ids)]
+        kept = [dataclasses.replace(item, fragment_ids=set(item.fragment_ids) & wish & set(now)) for item in kept]
+        kept = [item for item in kept if item.fragment_ids]
         missing = wish.difference(*(item.fragment_ids for item in kept))
         if kept and not missing:
             return kept
@@ -562,13 +595,42 @@ class Build:
         self.rebuilt += len(added)
         return [*kept, *added]
 
+    def _refuse_a_newcomer(self) -> None:
+        if not self.options.replace and self.index.name in commit.index_names(self.table.open()):
+            raise taken(self.index.name)
 
-def _all(segment: Any) -> bool:  # noqa: ARG001 - whichever it is
-    return True
+
+def taken(name: str) -> InvalidArgumentError:
+    """The error for an index that must not be replaced."""
+    return InvalidArgumentError("name", name, "there is an index of this name; replace=True replaces it")
 
 
-def _none(segment: Any) -> bool:  # noqa: ARG001 - whichever it is
-    return False
+def outdated(dataset: lance.LanceDataset, segments: Sequence[Any], missing: Iterable[int]) -> frozenset[str]:
+    """Segments that hold rows of fragments that they are not said to know, by their UUIDs.
+
+    They are right only as long as no other segment knows these fragments. A fragment of which a column was rewritten
+    may be in any; rows with stable ids may be in those that were built when there were such rows.
+    """
+    useful = [item for item in segments if item.fragment_ids]
+    fragments = [dataset.get_fragment(item) for item in sorted(missing)]
+    found = [item for item in fragments if item is not None]
+    if any(_REWRITTEN in tuple(file.fields) for item in found for file in item.metadata.files):
+        return frozenset(str(item.uuid) for item in useful)
+    if not dataset.has_stable_row_ids or not found:
+        return frozenset()
+    with translate_errors("read the row versions of", dataset.uri):
+        created = dataset.scanner(columns=[_CREATED], fragments=found).to_table().column(0)
+    oldest = pc.min(created).as_py()
+    if oldest is None:
+        return frozenset()
+    return frozenset(str(item.uuid) for item in useful if item.dataset_version_at_last_update >= oldest)
+
+
+FRAGMENT_REUSE = "__lance_frag_reuse"
+"""What the engine keeps of compactions that left the indexes for later."""
+
+_REWRITTEN = -2  # what the format has in the place of a field whose values are in another file now
+_CREATED = "_row_created_at_version"
 
 
 Wish = Callable[[lance.LanceDataset], frozenset[int]]
@@ -614,9 +676,15 @@ class UnknownFragments:
         return all_fragments(dataset) - known
 
 
+def described_indices(dataset: lance.LanceDataset) -> list[Any]:
+    """What the manifest says of the indexes."""
+    with translate_errors("read the indexes of", dataset.uri):
+        return list(dataset.describe_indices())
+
+
 def described_segments(dataset: lance.LanceDataset, name: str) -> list[Any]:
     """What the manifest says of the segments of an index."""
-    return [item for found in dataset.describe_indices() if found.name == name for item in found.segments]
+    return [item for found in described_indices(dataset) if found.name == name for item in found.segments]
 
 
 def index_column(table: PinnedTable, path: str, row_bytes: Callable[[pa.Schema], float]) -> Column:
@@ -627,15 +695,22 @@ def index_column(table: PinnedTable, path: str, row_bytes: Callable[[pa.Schema],
     """
     dataset = table.open()
     paths = {name: (number, kind) for name, number, kind in commit.field_paths(dataset)}
-    found = path if path in paths else next((name for name in paths if name.lower() == path.lower()), None)
+    wanted = path.replace("`", "")
+    found = path if path in paths else next((name for name in paths if name.replace("`", "") == wanted), None)
+    found = found or next((name for name in paths if name.lower() == path.lower()), None)
     if found is None:
         raise InvalidArgumentError("column", path, f"must be a column of the table: {sorted(paths)}")
     number, kind = paths[found]
     arrow: Any = dataset.lance_schema.field(found)
     arrow_type = arrow.to_arrow().type if arrow is not None else None
-    top = dataset.schema.field(found.split(".")[0])
+    top = dataset.schema.field(top_of(found))
     width = row_bytes(pa.schema([pa.field("column", arrow_type) if arrow_type is not None else top]))
-    return Column(number, kind, arrow_type, width)
+    return Column(found, number, kind, arrow_type, width)
+
+
+def top_of(path: str) -> str:
+    """The top-level column of a path, whose parts may be in backticks."""
+    return path[1:].partition("`")[0] if path.startswith("`") else path.partition(".")[0]
 
 
 def probe(table: PinnedTable, index: IndexDef) -> None:
@@ -644,8 +719,7 @@ def probe(table: PinnedTable, index: IndexDef) -> None:
     Raises:
         InvalidArgumentError: the column is of a type that the kind does not take, or an option is refused.
     """
-    top = index.column.split(".")[0]
-    found = next(item for item in table.open().schema if item.name.lower() == top.lower())
+    found = table.open().schema.field(top_of(index.column))
     row = in_memory(pa.table([pa.nulls(1, found.type)], schema=pa.schema([found.with_nullable(True)])))
     given = dataclasses.replace(index, models=Models(), accelerator=None).keywords()
     vector = index.kind.is_vector  # with rows it would be trained

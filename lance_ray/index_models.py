@@ -8,6 +8,7 @@ sums only. A codebook is trained from the same kind of sample, its sub-vectors d
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ CODEBOOK_ITERATIONS = 25
 """The same for a codebook, as in Faiss (``ClusteringParameters.niter``): half the time of the engine's 50, and codes
 whose error is within 1 % of theirs (``python -m benchmarks.codebook``)."""
 
+_ROWS_OF_A_LOCAL_CENTROID = 8
 _BLOCK_BYTES = 64 * 1024**2
 _VECTOR = "vector"
 
@@ -110,7 +112,11 @@ class Assignment:
 
 def train_centroids(training: Training, share: Share) -> np.ndarray:
     """Runs on a worker: centroids of a share, of shape (partitions, dimension); fewer where the share is small."""
-    return _cluster(training, read_sample(training.table, training.column, share))
+    vectors = read_sample(training.table, training.column, share)
+    if share.count < training.partitions * training.sample_rate:  # one of several shares
+        most = max(1, len(vectors) // _ROWS_OF_A_LOCAL_CENTROID)
+        training = dataclasses.replace(training, partitions=min(training.partitions, most))
+    return _cluster(training, vectors) if len(vectors) > 1 else _matrix(vectors)
 
 
 def cluster_centroids(training: Training, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -122,8 +128,11 @@ def sum_up(training: Training, task: Assignment) -> Sums:
     """Runs on a worker: one pass of Lloyd's algorithm over a share."""
     vectors = _prepared(read_sample(training.table, training.column, task.share), training.metric)
     nearest = nearest_centroids(vectors, task.centroids, training.metric)
-    sums = np.zeros(task.centroids.shape, np.float64)
-    np.add.at(sums, nearest, vectors)
+    order = np.argsort(nearest, kind="stable")
+    found, starts = np.unique(nearest[order], return_index=True)
+    sums = np.zeros(task.centroids.shape, np.float32)
+    if len(found):
+        sums[found] = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
     return Sums(sums, np.bincount(nearest, minlength=len(task.centroids)), len(vectors))
 
 
@@ -204,7 +213,7 @@ def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, metric: str) -
 
 
 def read_sample(table: PinnedTable, column: str, share: Share) -> pa.Array:
-    """The rows of a share that hold a usable vector: neither null, nor with a value that is not finite."""
+    """The rows of a share that hold a usable vector: neither null, nor with a value that is not finite. Maybe none."""
     dataset = table.open()
     random = np.random.default_rng(share.seed)
     rows = dict(zip(share.fragments, share.rows, strict=True))
@@ -216,10 +225,10 @@ def read_sample(table: PinnedTable, column: str, share: Share) -> pa.Array:
             found = dataset.get_fragment(fragment)
             if found is not None and offsets:
                 parts.append(_vectors_of(found.take(offsets, columns=[column]), column))
-    usable = [part for part in parts if len(part)]
-    if not usable:
-        raise InvalidArgumentError("column", column, "has no vector to train an index from")
-    return pa.concat_arrays(usable)
+    if not parts:
+        schema = dataset.scanner(columns=[column], limit=0).to_table()
+        return _vectors_of(schema, column)
+    return pa.concat_arrays(parts)
 
 
 def _vectors_of(table: pa.Table, column: str) -> pa.Array:
@@ -249,6 +258,8 @@ class Wanted:
     rotation: bool
     dimension: int
     nodes: int = 1
+    values: pa.DataType | None = None
+    """The type of a vector's values, which that of centroids and codes must be."""
 
 
 def train(wanted: Wanted, given: Models, sample: Callable[[int], list[Share]], run: Run) -> Models:
@@ -262,9 +273,10 @@ def train(wanted: Wanted, given: Models, sample: Callable[[int], list[Share]], r
     """
     training = wanted.training
     centroids = given.centroids
+    kind = None if wanted.values is None else wanted.values.to_pandas_dtype()
     if centroids is None:
         matrix = _train_partitions(training, sample(training.sample_rate * training.partitions), run)
-        centroids = _as_list(matrix)
+        centroids = _as_list(matrix if kind is None else matrix.astype(kind))
     codebook = given.codebook
     if wanted.codebook and codebook is None:
         shares = tuple(sample(training.sample_rate * 2**training.num_bits))
@@ -272,7 +284,8 @@ def train(wanted: Wanted, given: Models, sample: Callable[[int], list[Share]], r
         edges = [training.sub_vectors * place // groups for place in range(groups + 1)]
         matrix = _matrix(centroids).astype(np.float32)
         tasks = [CodebookTask(shares, matrix, *pair) for pair in itertools.pairwise(edges)]
-        codebook = _as_list(np.concatenate(run(train_codebook, tasks)))
+        codes = np.concatenate(run(train_codebook, tasks))
+        codebook = _as_list(codes if kind is None else codes.astype(kind))
     rotation = given.rotation
     if wanted.rotation and rotation is None:
         rotation = engine_indices.build_rq_model(wanted.dimension, training.num_bits)
@@ -280,8 +293,10 @@ def train(wanted: Wanted, given: Models, sample: Callable[[int], list[Share]], r
 
 
 def _train_partitions(training: Training, shares: Sequence[Share], run: Run) -> np.ndarray:
-    parts: list[np.ndarray] = run(train_centroids, shares)
-    if len(parts) == 1:
+    parts: list[np.ndarray] = [part for part in run(train_centroids, shares) if len(part)]
+    if not parts:
+        raise InvalidArgumentError("column", training.column, "has no vector to train an index from")
+    if len(shares) == 1:
         return parts[0]
     centroids: np.ndarray = run(cluster_centroids, [parts])[0]
     if training.metric == "hamming":
@@ -366,22 +381,24 @@ def _varint(message: bytes, place: int) -> tuple[int, int]:
             return value, place
 
 
-def checked_models(given: Mapping[str, Any], dimension: int | None, sub_vectors: int | None, num_bits: int) -> Models:
+def checked_models(
+    given: Mapping[str, Any], dimension: int, sub_vectors: int | None, num_bits: int, values: pa.DataType
+) -> Models:
     """The caller's ``ivf_centroids``, ``pq_codebook`` and ``rabitq_model``, as the engine takes them.
 
     Raises:
         InvalidArgumentError: one is of another shape than the index.
     """
-    centroids = _given_list("ivf_centroids", given.get("ivf_centroids"))
-    codebook = _given_list("pq_codebook", given.get("pq_codebook"))
+    centroids = _given_list("ivf_centroids", given.get("ivf_centroids"), values)
+    codebook = _given_list("pq_codebook", given.get("pq_codebook"), values)
     rotation = given.get("rabitq_model")
-    if centroids is not None and dimension is not None and centroids.type.list_size != dimension:
+    if centroids is not None and centroids.type.list_size != dimension:
         raise InvalidArgumentError(
             "ivf_centroids", str(centroids.type), f"must be vectors of {dimension} values like those of the column"
         )
     if codebook is not None:
         codes = (sub_vectors or 0) * 2**num_bits
-        width = dimension // sub_vectors if dimension and sub_vectors else 0
+        width = dimension // sub_vectors if sub_vectors else 0
         if width and len(codebook.flatten()) == codes * width:
             codebook = _as_list(np.asarray(codebook.flatten()).reshape(-1, width))
         else:
@@ -397,7 +414,7 @@ def checked_models(given: Mapping[str, Any], dimension: int | None, sub_vectors:
     return Models(centroids, codebook, rotation)
 
 
-def _given_list(name: str, value: Any) -> pa.Array | None:
+def _given_list(name: str, value: Any, values: pa.DataType) -> pa.Array | None:
     if value is None:
         return None
     if isinstance(value, pa.ChunkedArray):
@@ -405,10 +422,10 @@ def _given_list(name: str, value: Any) -> pa.Array | None:
     if isinstance(value, pa.ExtensionArray):
         value = value.storage
     if isinstance(value, pa.Array) and pa.types.is_fixed_size_list(value.type) and len(value):
-        return value
+        value = _matrix(value)
     matrix = np.asarray(value)
-    if matrix.ndim >= 2 and matrix.dtype.kind == "f" and matrix.size:
-        return _as_list(matrix.reshape(-1, matrix.shape[-1]))
+    if matrix.ndim >= 2 and matrix.dtype.kind in "fu" and matrix.size:
+        return _as_list(matrix.reshape(-1, matrix.shape[-1]).astype(values.to_pandas_dtype()))
     raise InvalidArgumentError(name, type(value).__name__, "must be a matrix of floats or a fixed-size list array")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 import uuid
@@ -14,11 +15,13 @@ import lance
 import ray
 from lance.dataset import Index
 
+from lance_ray import commit
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import CommitConflictError, InvalidArgumentError, translate_errors
 from lance_ray.executors import ActorExecutor, check_ray_options, checked_ray_args
 from lance_ray.index import dataset_at, fold_commit, fold_index_ref, report_of, settled
 from lance_ray.index_build import (
+    FRAGMENT_REUSE,
     Build,
     BuildOptions,
     BuildSpec,
@@ -29,24 +32,28 @@ from lance_ray.index_build import (
     UnknownFragments,
     all_fragments,
     build_segment,
-    described_segments,
+    described_indices,
     index_column,
     kind_of,
+    outdated,
     segments_of,
 )
 from lance_ray.index_models import Models, stored_models
 from lance_ray.ledger import JobRef
-from lance_ray.options import check_flag, check_positive
-from lance_ray.planning.indexes import IndexKind, SegmentTask, latest, merge_groups
+from lance_ray.options import CommitOptions, check_flag, check_positive
+from lance_ray.planning.indexes import SAMPLE_RATE, IndexKind, SegmentTask, latest, merge_groups
 from lance_ray.pools import executor_of, get_global_pool
 from lance_ray.progress import Reporter, check_progress
 from lance_ray.read import bytes_per_row
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.table import PinnedTable, TableRef, newest
 
+logger = logging.getLogger(__name__)
+
 _INTERNAL = "__lance_"
 _UNKNOWN_TO_BUILD = ("lance_tokenizer", "signature_version")
 _PREWARM_ROUNDS = 3
+_DROP_ATTEMPTS = 10
 _START_SECONDS = 60.0
 
 
@@ -251,8 +258,7 @@ def list_indices(
     table = fold_index_ref(uri, locals()).pin()
     dataset = table.open()
     rows = {item.fragment_id: item.physical_rows - item.num_deletions for item in dataset.get_fragments()}
-    with translate_errors("list the indexes of", table.uri, secrets=table.secrets):
-        found = [item for item in dataset.describe_indices() if not item.name.startswith(_INTERNAL)]
+    found = [item for item in described_indices(dataset) if not item.name.startswith(_INTERNAL)]
     return [_info(item, rows) for item in found]
 
 
@@ -289,11 +295,19 @@ def drop_index(
         CommitConflictError, StorageError: it is still there.
     """
     table = newest(fold_index_ref(uri, locals()).pin())
-    dataset = table.open_latest()
-    _described(dataset, name)
-    with translate_errors("drop an index of", table.uri, secrets=table.secrets):
-        dataset.drop_index(name)
-    return dataset
+    for attempt in range(_DROP_ATTEMPTS):
+        described = _described(table.open(), name)
+        removal = commit.PutIndex((-1, ""), (), [_bare(described, item) for item in described.segments], checked=False)
+        options = CommitOptions(job_id=f"drop-{uuid.uuid4().hex}", max_attempts=1)
+        try:
+            receipt = commit.apply(table, removal, options, commit.Landing(options.operation_id, table.version))
+        except CommitConflictError as conflict:
+            if not conflict.retryable or attempt == _DROP_ATTEMPTS - 1:
+                raise
+            table = newest(table)
+        else:
+            return table.open_at(receipt.version)
+    raise AssertionError  # pragma: no cover - the loop returns or raises
 
 
 def prewarm(
@@ -410,9 +424,9 @@ class _Upkeep:
         check_flag("return_report", given["return_report"])
         remote = checked_ray_args(given["ray_remote_args"] or {})
         check_ray_options(remote)
-        commit = fold_commit(given["commit_message"], given["transaction_properties"])
+        carried = fold_commit(given["commit_message"], given["transaction_properties"])
         options = BuildOptions(
-            given["num_workers"], None, ray_remote_args=remote, progress=given["progress"], commit=commit
+            given["num_workers"], None, ray_remote_args=remote, progress=given["progress"], commit=carried
         )
         return cls(newest(ref.pin()), options, given["num_segments"])
 
@@ -421,7 +435,7 @@ class _Upkeep:
         dataset = self.table.open()
         if name is not None:
             return [_described(dataset, name).name]
-        return [item.name for item in dataset.describe_indices() if not item.name.startswith(_INTERNAL)]
+        return [item.name for item in described_indices(dataset) if _is_ours(item)]
 
     def answer(
         self, reports: Sequence[IndexReport], return_report: bool
@@ -429,8 +443,19 @@ class _Upkeep:
         return tuple(reports) if return_report else dataset_at(self.table, None)
 
 
+def _is_ours(described: Any) -> bool:
+    if described.name.startswith(_INTERNAL):
+        return False
+    try:
+        kind_of(described)
+    except InvalidArgumentError as error:  # an index that only the engine builds does not stop the others
+        logger.warning("%s; it is left as it is", error)
+        return False
+    return True
+
+
 def _described(dataset: lance.LanceDataset, name: Any) -> Any:
-    found = {item.name: item for item in dataset.describe_indices()}
+    found = {item.name: item for item in described_indices(dataset) if not item.name.startswith(_INTERNAL)}
     if name not in found:
         raise InvalidArgumentError("name", name, f"must be an index of the table: {sorted(found)}")
     return found[name]
@@ -470,7 +495,9 @@ def definition_of(table: PinnedTable, described: Any) -> IndexDef:
         return IndexDef(described.name, column, kind, options=_scalar_options(table, described, kind))
     graph = details.get("hnsw") or {}
     compression = details.get("compression") or {}
+    hints = details.get("runtime_hints") or {}
     options = {
+        "skip_transpose": True if hints.get("lance.skip_transpose") == "true" else None,
         "max_level": graph.get("max_level"),
         "m": graph.get("max_connections"),
         "ef_construction": graph.get("construction_ef"),
@@ -483,7 +510,14 @@ def definition_of(table: PinnedTable, described: Any) -> IndexDef:
         str(details["metric_type"]).lower(),
         {name: value for name, value in options.items() if value is not None},
         sub_vectors=compression.get("num_sub_vectors"),
+        max_iterations=_number(hints.get("lance.ivf.max_iters"), unless=50),
+        sample_rate=_number(hints.get("lance.ivf.sample_rate"), unless=None) or SAMPLE_RATE,
     )
+
+
+def _number(text: str | None, *, unless: int | None) -> int | None:
+    found = None if text is None else int(text)
+    return None if found == unless else found
 
 
 def _scalar_options(table: PinnedTable, described: Any, kind: IndexKind) -> dict[str, Any]:
@@ -521,36 +555,62 @@ def _has_rows(described: Any) -> bool:
     return any(item.fragment_ids for item in described.segments)
 
 
-def _refresh(upkeep: _Upkeep, name: str) -> IndexReport:
-    began = time.monotonic()
-    build, ledger, described = _begin(upkeep, name)
-    build.options = dataclasses.replace(build.options, num_segments=upkeep.num_segments)
-    tasks = Tasks(build.table, build.options, "refresh_index")
-    wanted = UnknownFragments(name)
-    receipt = None
-    if wanted(build.table.open()):
-        with settled(ledger, build, "refresh_index"):
-            if build.index.one_segment or not _has_rows(described):
-                receipt = build.through(tasks, all_fragments, lambda _: True)
-            else:
-                build.share(_stored(build.table, described, build.index.kind))
-                receipt = build.through(tasks, wanted, lambda item: not item.fragment_ids)
-    return report_of(build, receipt, tasks, "refresh_index", time.monotonic() - began)
-
-
-def _optimize(upkeep: _Upkeep, name: str, merging: _Merging) -> IndexReport:
+def _change(upkeep: _Upkeep, name: str, operation: str, change: Any) -> IndexReport:
+    """Change an index as of a version, and again from the start when others changed the table in a way that matters."""
     began = time.monotonic()
     for attempt in range(upkeep.options.max_rebuilds + 1):
         build, ledger, described = _begin(upkeep, name)
-        tasks = Tasks(build.table, build.options, "optimize_indices")
+        tasks = Tasks(build.table, build.options, operation)
         try:
-            with settled(ledger, build, "optimize_indices"):
-                receipt = _optimized(build, tasks, described, merging)
-            return report_of(build, receipt, tasks, "optimize_indices", time.monotonic() - began)
+            with settled(ledger, build, operation):
+                receipt = change(build, tasks, described)
+            return report_of(build, receipt, tasks, operation, time.monotonic() - began)
         except CommitConflictError as conflict:
             if not conflict.retryable or attempt == upkeep.options.max_rebuilds:
                 raise
+            logger.info("%s of index %s begins anew: %s", operation, name, conflict)
     raise AssertionError  # pragma: no cover - the loop returns or raises
+
+
+def _refresh(upkeep: _Upkeep, name: str) -> IndexReport:
+    def change(build: Build, tasks: Tasks, described: Any) -> Any:
+        dataset = build.table.open()
+        missing = UnknownFragments(name)(dataset)
+        if not missing:
+            return None
+        build.options = dataclasses.replace(build.options, num_segments=upkeep.num_segments)
+        build.share(_stored(build.table, described, build.index.kind))
+        if build.index.one_segment or not _has_rows(described):
+            return build.through(tasks, all_fragments)
+        stale, again = _outdated(build, described, missing)
+        segments = build.segments_for(tasks, build.stats(missing | again))
+        return _landed(build, segments, lambda item: str(item.uuid) in stale or not item.fragment_ids)
+
+    return _change(upkeep, name, "refresh_index", change)
+
+
+def _outdated(build: Build, described: Any, missing: frozenset[int]) -> tuple[frozenset[str], frozenset[int]]:
+    """Segments that must go because they hold rows of the missing fragments, and the fragments that they know."""
+    if build.index.kind.is_vector:  # which the engine masks by what each segment is said to know
+        return frozenset(), frozenset()
+    dataset = build.table.open()
+    stale = outdated(dataset, described.segments, missing)
+    known = {number for item in described.segments if str(item.uuid) in stale for number in item.fragment_ids}
+    return stale, frozenset(known) & all_fragments(dataset)
+
+
+def _landed(build: Build, segments: Sequence[Any], replaces: Any) -> Any:
+    receipt = build.put(segments, replaces)
+    if build.has_lost(receipt, segments, UnknownFragments(build.index.name)):
+        raise CommitConflictError("others rewrote what was indexed meanwhile", retryable=True)
+    return receipt
+
+
+def _optimize(upkeep: _Upkeep, name: str, merging: _Merging) -> IndexReport:
+    def change(build: Build, tasks: Tasks, described: Any) -> Any:
+        return _optimized(build, tasks, described, merging)
+
+    return _change(upkeep, name, "optimize_indices", change)
 
 
 def _optimized(build: Build, tasks: Tasks, described: Any, merging: _Merging) -> Any:
@@ -558,59 +618,84 @@ def _optimized(build: Build, tasks: Tasks, described: Any, merging: _Merging) ->
     dataset = build.table.open()
     name = build.index.name
     missing = UnknownFragments(name)(dataset)
+    stored = _stored(build.table, described, build.index.kind)
     whole = build.index.one_segment and (missing or len(described.segments) > 1)
     if merging.retrain or whole or not _has_rows(described):
-        return build.through(tasks, all_fragments, lambda _: True) if all_fragments(dataset) else None
+        build.index = dataclasses.replace(build.index, partitions=_partitions(stored))
+        return build.through(tasks, all_fragments) if all_fragments(dataset) else None
     if build.index.one_segment:
         return None
-    models = _stored(build.table, described, build.index.kind)
-    build.share(models)
-    added = build.segments_for(tasks, build.stats(missing)) if missing else []
-    have = {
-        str(item.uuid): item for item in segments_of(dataset, name, added[0] if added else _template(build, described))
-    }
-    models |= {str(item.uuid): build.index.models for item in added}
+    build.share(stored)
+    stale, again = _outdated(build, described, missing)
+    added = build.segments_for(tasks, build.stats(missing | again)) if missing else []
+    template = added[0] if added else _template(build, described)
+    have = {str(item.uuid): item for item in segments_of(dataset, name, template) if str(item.uuid) not in stale}
     new = {str(item.uuid): item for item in added}
-    groups = _groups(have, new, merging, described)
-    merged = build.merged(tasks, [_merge_task(build, {**have, **new}, group, models) for group in groups])
-    gone = {item for group in groups for item in group}
+    models = stored | dict.fromkeys(new, build.index.models)
+    parts = _Parts(build, have, new, models)
+    groups = parts.groups(described, merging)
+    merged = build.merged(tasks, [parts.task(group) for group in groups])
+    gone = stale.union(*groups)
     segments = [*merged, *(item for key, item in new.items() if key not in gone)]
     if not segments:
         return None
-    return build.put(segments, lambda item: str(item.uuid) in gone or not item.fragment_ids)
+    return _landed(build, segments, lambda item: str(item.uuid) in gone or not item.fragment_ids)
 
 
-def _groups(
-    have: Mapping[str, Any], new: Mapping[str, Any], merging: _Merging, described: Any
-) -> list[tuple[str, ...]]:
-    sizes = {str(item.uuid): int(item.size_bytes or 0) for item in described.segments if item.fragment_ids}
-    sizes |= {key: sum(file.size_bytes or 0 for file in item.files or ()) for key, item in new.items()}
-    if merging.num_segments is not None:
-        return merge_groups(sizes, merging.num_segments)
-    known = [(key, item.dataset_version) for key, item in have.items() if item.fragment_ids]
-    chosen = latest(known, merging.newest)
-    together = (*chosen, *new) if merging.newest != 0 else ()
-    return [together] if len(together) > 1 else []
+def _partitions(stored: Mapping[str, Models | None]) -> int | None:
+    counts = [len(item.centroids) for item in stored.values() if item is not None and item.centroids is not None]
+    return counts[-1] if counts else None
 
 
-def _merge_task(
-    build: Build, segments: Mapping[str, Any], group: Sequence[str], models: Mapping[str, Any]
-) -> MergeTask:
-    parts = [segments[item] for item in group]
-    known = {item for part in parts for item in part.fragment_ids} & all_fragments(build.table.open())
-    alike = True
-    if build.index.kind.is_vector:
-        found = [models.get(item) for item in group]
-        alike = all(item is not None and item.same_as(build.index.models) for item in found)
-    rows = sum(build.stats(known).rows)
-    return MergeTask(tuple(parts), tuple(sorted(known)), rows, alike)
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The segments that there are and those just built, in the engine's form, and what vector ones were built with."""
+
+    build: Build
+    have: Mapping[str, Any]
+    new: Mapping[str, Any]
+    models: Mapping[str, Models | None]
+
+    def groups(self, described: Any, merging: _Merging) -> list[tuple[str, ...]]:
+        """Which of them become one."""
+        useful = {key: item for key, item in self.have.items() if item.fragment_ids}
+        if merging.num_segments is not None:
+            sizes = {str(item.uuid): int(item.size_bytes or 0) for item in described.segments}
+            sizes = {key: sizes[key] for key in useful}
+            sizes |= {key: sum(file.size_bytes or 0 for file in item.files or ()) for key, item in self.new.items()}
+            return merge_groups(sizes, merging.num_segments)
+        chosen = latest(((key, item.dataset_version) for key, item in useful.items()), merging.newest)
+        together = (*chosen, *self.new) if merging.newest != 0 else ()
+        return [together] if len(together) > 1 else []
+
+    def task(self, group: Sequence[str]) -> MergeTask:
+        """The merge of a group."""
+        parts = [self.have.get(item) or self.new[item] for item in group]
+        known = {item for part in parts for item in part.fragment_ids}
+        stats = self.build.stats(known & all_fragments(self.build.table.open()))
+        return MergeTask(tuple(parts), tuple(sorted(stats.ids)), sum(stats.rows), self._alike(group))
+
+    def _alike(self, group: Sequence[str]) -> bool:
+        """Whether the engine may merge their files."""
+        dataset = self.build.table.open()
+        if self.build.index.kind.is_vector:
+            # Addresses that a compaction left to be translated later are translated no more in a merged segment.
+            deferred = any(item.name == FRAGMENT_REUSE for item in described_indices(dataset))
+            found = [self.models.get(item) for item in group]
+            return not deferred and all(item is not None and item.same_as(self.build.index.models) for item in found)
+        # Segments that hold more than they are said to know would bring it back.
+        return not (dataset.has_stable_row_ids and self.build.index.kind.name in ("INVERTED", "LABEL_LIST"))
 
 
 def _template(build: Build, described: Any) -> Any:
     """A segment of the index in the engine's form, for what all of them share: built of no fragment."""
     if build.index.kind.without_rows:
         return build_segment(BuildSpec(build.table, build.job, build.index), SegmentTask(())).segment
-    part = described.segments[0]
+    return _bare(described, described.segments[0])
+
+
+def _bare(described: Any, part: Any) -> Any:
+    """A segment as far as the manifest's own description tells."""
     make: Any = Index  # its stub wants a bitmap where it takes any set
     return make(
         uuid=str(part.uuid),
@@ -626,7 +711,6 @@ def _template(build: Build, described: Any) -> Any:
 __all__ = [
     "IndexInfo",
     "PrewarmReport",
-    "described_segments",
     "drop_index",
     "list_indices",
     "optimize_indices",

@@ -474,6 +474,11 @@ def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
         _each(_Store(table, base).delete_data, paths)
 
 
+def segment_exists(table: PinnedTable, uuid: str) -> bool:
+    """Whether there is a folder of this segment, whoever made it."""
+    return bool(_Store(table).list(WrittenPath.segment(uuid).path))
+
+
 def trim_segment(table: PinnedTable, uuid: str, files: Sequence[str]) -> None:
     """Delete what a segment of this job does not consist of: the engine's intermediate files in its folder."""
     store, folder = _Store(table), WrittenPath.segment(uuid).path

@@ -6,6 +6,7 @@ refresh adds segments for the fragments that none knows yet; a merge makes fewer
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ SAMPLE_BYTES = 256 * 1024**2
 
 SAMPLE_RATE = 256
 """Vectors that a centroid is trained from, as in the engine."""
+
+MAX_SHARES = 16
+"""Shares of a sample at most: what the driver holds of the models of shares does not grow with the table."""
 
 _RUN = 32  # rows that lie together in a sample: a random row costs as much to read as its neighbours with it
 
@@ -153,11 +157,11 @@ def plan_segments(
     most = max(1, math.ceil(sum(stats.weights) / segment_bytes))
     wanted = min(slots, most) if count is None else count
     groups: list[list[int]] = [[] for _ in range(max(1, min(wanted, len(stats))))]
-    loads = [0.0] * len(groups)
+    loads = [(0.0, 0, number) for number in range(len(groups))]  # weight, fragments, group: the lightest first
     for place in sorted(range(len(stats)), key=lambda item: (-stats.weights[item], item)):
-        lightest = min(range(len(groups)), key=lambda item: (loads[item], len(groups[item])))
-        groups[lightest].append(place)
-        loads[lightest] += stats.weights[place]
+        weight, size, number = loads[0]
+        groups[number].append(place)
+        heapq.heapreplace(loads, (weight + stats.weights[place], size + 1, number))
     tasks = []
     for group in groups:
         chosen = stats.select(sorted(group))
@@ -166,9 +170,12 @@ def plan_segments(
 
 
 def plan_sample(stats: FragmentStats, count: int, row_bytes: float, seed: int) -> list[Share]:
-    """Shares of a sample of so many rows over all fragments; none is larger than :data:`SAMPLE_BYTES`."""
+    """Shares of a sample of so many rows over all fragments, each of about :data:`SAMPLE_BYTES` at most.
+
+    A sample that would need more than :data:`MAX_SHARES` is smaller than was asked for.
+    """
     total = sum(stats.rows)
-    count = min(count, total)
+    count = min(count, total, max(1, int(MAX_SHARES * SAMPLE_BYTES / max(row_bytes, 1))))
     parts = max(1, min(len(stats), math.ceil(count * row_bytes / SAMPLE_BYTES)))
     groups = plan_segments(stats, parts, count=parts)
     rows = dict(zip(stats.ids, stats.rows, strict=True))

@@ -35,6 +35,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANCE_RAY_NO_BACKOFF", "1")
 
 
+def _slow(*items: Any) -> list[Any]:
+    return [pytest.param(item, marks=pytest.mark.slow) for item in items]
+
+
 def _quick(items: list[Asked], *chosen: tuple[str, str]) -> list[Any]:
     """The items, those not chosen as slow ones."""
     return [
@@ -58,7 +62,7 @@ QUICK_VECTORS = [
 ]
 
 
-@pytest.fixture(params=[False, True], ids=["addresses", "stable row ids"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["addresses", "stable row ids"])
 def uri(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return indexes.make(tmp_path / "table", enable_stable_row_ids=request.param)
 
@@ -372,7 +376,8 @@ def test_a_part_of_the_fragments_is_indexed_and_a_refresh_takes_in_the_rest(plai
 
 @pytest.mark.parametrize("asked", [*SCALARS[:4], TEXTS[0], *VECTORS[:4]], ids=lambda item: f"{item.kind} {item.column}")
 def test_an_untrained_index_knows_no_row_until_it_is_refreshed(plain, asked):
-    report = asked.build(plain, train=False)
+    later = {"num_partitions": None} if asked in VECTORS else {}
+    report = asked.build(plain, train=False, **later)
     assert (report.fragments, report.rows, report.unindexed) == (0, 0, 4)
     (refreshed,) = lance_ray.refresh_index(plain, progress=False, return_report=True)
     assert (refreshed.unindexed, refreshed.fragments) == (0, 4)
@@ -773,3 +778,271 @@ def test_too_few_vectors_for_the_partitions_are_said_to_be(tmp_path):
         lance_ray.create_index(
             uri, "vector", "IVF_PQ", num_partitions=2, num_sub_vectors=4, num_segments=2, progress=False
         )
+
+
+# What segments hold of fragments that they are not said to know
+
+
+def _rewrite(uri: str, where: str, value: str, column: str = "id") -> None:
+    lance_ray.update_columns(uri, columns=[column], transform={column: value}, filter=where, progress=False)
+
+
+@pytest.fixture
+def columns_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lance_ray.columns.RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
+
+
+REWRITTEN = [
+    (SCALARS[0], "id", "id + 50000"),
+    (SCALARS[3], "`group`", "'g0'"),
+    (SCALARS[5], "text", "'another text'"),
+    (TEXTS[0], "text", "'another text'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "column", "value"), REWRITTEN, ids=[item[0].kind for item in REWRITTEN])
+@pytest.mark.parametrize(
+    "then", ["refresh", *(pytest.param(item, marks=pytest.mark.slow) for item in ("optimize", "merge"))]
+)
+def test_values_from_before_a_column_was_rewritten_do_not_come_back(uri, columns_here, asked, column, value, then):
+    asked.build(uri)
+    _rewrite(uri, "id < 100", value, column.strip("`"))
+    if then == "refresh":
+        lance_ray.refresh_index(uri, progress=False)
+    else:
+        lance_ray.optimize_indices(uri, progress=False, num_segments=1 if then == "merge" else None)
+    assert indexes.covered(uri, asked.name) == set(lance.dataset(uri).fragment_ids())
+    if asked.filters:
+        indexes.assert_filters_agree(uri, asked)
+    else:
+        assert len(indexes.words_found(uri, "word7")) == 38
+        assert len(indexes.words_found(uri, "another")) == 100
+
+
+@pytest.mark.parametrize("asked", [SCALARS[3], SCALARS[4], TEXTS[0]], ids=lambda item: item.kind)
+@pytest.mark.parametrize("compacted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "compacted"])
+def test_values_from_before_an_update_of_rows_with_stable_ids_do_not_come_back(tmp_path, asked, compacted):
+    uri = indexes.make(tmp_path / "table", enable_stable_row_ids=True)
+    asked.build(uri)
+    lance.dataset(uri).update({"group": "'g0'", "tags": "['t9']", "text": "'another text'"}, where="id < 100")
+    if compacted:
+        lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=3000)
+    lance_ray.refresh_index(uri, progress=False)
+    lance_ray.optimize_indices(uri, num_segments=1, progress=False)
+    if asked.filters:
+        indexes.assert_filters_agree(uri, asked)
+    else:
+        assert len(indexes.words_found(uri, "word7")) == 38
+        assert len(lance.dataset(uri).to_table(full_text_query="another", columns=["id"])) == 100
+
+
+def test_appended_rows_with_stable_ids_do_not_make_a_refresh_build_everything(tmp_path):
+    uri = indexes.make(tmp_path / "table", enable_stable_row_ids=True)
+    SCALARS[0].build(uri)
+    indexes.append(uri)
+    lance.dataset(uri).delete("id % 5 = 0")
+    lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=700)
+    (report,) = lance_ray.refresh_index(uri, progress=False, return_report=True)
+    assert report.rows == 400
+    indexes.assert_filters_agree(uri, SCALARS[0])
+
+
+@pytest.mark.parametrize("asked", [SCALARS[0], SCALARS[3], TEXTS[0]], ids=lambda item: item.kind)
+@pytest.mark.parametrize(
+    "act",
+    ["rewrite a part", *(pytest.param(item, marks=pytest.mark.slow) for item in ("update and compact", "compact"))],
+)
+def test_a_build_that_raced_a_change_of_some_rows_answers_right(uri, monkeypatch, columns_here, asked, act):
+    def change() -> None:
+        dataset = lance.dataset(uri)
+        if act == "rewrite a part":
+            _rewrite(uri, "id < 100", "id + 50000")
+            _rewrite(uri, "id < 600", "'another text'", "text")
+            _rewrite(uri, "id < 600", "'g0'", "group")
+        elif act == "update and compact":
+            dataset.update({"id": "id + 50000", "group": "'g0'", "text": "'another text'"}, where="id < 100")
+        if "compact" in act:
+            dataset.delete("id % 4 = 3")
+            lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=600)
+
+    _meanwhile(monkeypatch, change)
+    asked.build(uri)
+    if asked.filters:
+        indexes.assert_filters_agree(uri, asked)
+    else:
+        plain = lance.dataset(uri).count_rows("contains(text, 'word7 ')")
+        assert len(lance.dataset(uri).to_table(full_text_query="word7", columns=["id"])) == plain
+
+
+@pytest.mark.parametrize("asked", [SCALARS[0], TEXTS[0], VECTORS[0]], ids=lambda item: item.kind)
+def test_a_build_that_raced_a_compaction_which_leaves_the_indexes_for_later_covers_the_table(plain, monkeypatch, asked):
+    def change() -> None:
+        lance.dataset(plain).optimize.compact_files(target_rows_per_fragment=5000, defer_index_remap=True)
+
+    _meanwhile(monkeypatch, change)
+    asked.build(plain)
+    assert indexes.covered(plain, asked.name) == set(lance.dataset(plain).fragment_ids())
+
+
+@pytest.mark.parametrize(
+    "asked", [VECTORS[0], VECTORS[3], VECTORS[9], VECTORS[12], SCALARS[0], TEXTS[0]], ids=lambda item: item.kind
+)
+def test_merging_after_a_compaction_that_left_the_indexes_for_later_loses_nothing(plain, asked):
+    asked.build(plain)
+    lance.dataset(plain).optimize.compact_files(target_rows_per_fragment=1000, defer_index_remap=True)
+    lance_ray.optimize_indices(plain, num_segments=1, progress=False)
+    if asked.filters:
+        indexes.assert_filters_agree(plain, asked)
+    elif asked in TEXTS:
+        assert len(indexes.words_found(plain, "word7")) == 40
+    else:
+        assert indexes.recall(plain, "l2", refine_factor=10) > 0.8
+
+
+# Two at one index
+
+
+def _other_build(uri: str, name: str = "group_idx") -> None:
+    dataset = lance.dataset(uri)
+    dataset.drop_index(name)
+    lance.dataset(uri).create_scalar_index("group", "BTREE", name=name)
+    indexes.append(uri, 100, 50_000)
+
+
+def test_a_refresh_goes_on_with_what_the_index_has_become(plain, monkeypatch):
+    SCALARS[3].build(plain)
+    indexes.append(plain)
+    _meanwhile(monkeypatch, lambda: _other_build(plain))
+    lance_ray.refresh_index(plain, "group_idx", progress=False)
+    (info,) = lance_ray.list_indices(plain)
+    assert (info.kind, info.unindexed_fragments) == ("BTREE", 0)
+    indexes.assert_filters_agree(plain, SCALARS[3])
+
+
+def test_a_refresh_does_not_bring_a_dropped_index_back(plain, monkeypatch):
+    SCALARS[3].build(plain)
+    indexes.append(plain)
+    _meanwhile(monkeypatch, lambda: lance.dataset(plain).drop_index("group_idx"))
+    with pytest.raises(InvalidArgumentError, match="group_idx"):
+        lance_ray.refresh_index(plain, "group_idx", progress=False)
+    assert lance_ray.list_indices(plain) == []
+    indexes.assert_nothing_left(plain)
+
+
+def test_a_refresh_that_another_was_quicker_with_commits_nothing(plain, monkeypatch):
+    SCALARS[3].build(plain)
+    indexes.append(plain)
+    real = commit.apply
+    done: list[int] = []
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        if not done:
+            done.append(1)
+            lance_ray.refresh_index(plain, progress=False)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(commit, "apply", late)
+    (report,) = lance_ray.refresh_index(plain, progress=False, return_report=True)
+    assert report.version is None
+    assert lance.dataset(plain).version == 4
+    indexes.assert_nothing_left(plain)
+
+
+def test_an_index_that_appeared_meanwhile_is_not_replaced_if_it_must_not_be(plain, monkeypatch):
+    old = lance.dataset(plain)
+    _meanwhile(monkeypatch, lambda: lance.dataset(plain).create_scalar_index("id", "BITMAP", name="id_idx"))
+    with pytest.raises(InvalidArgumentError, match=r"name='id_idx'.*replace=True"):
+        SCALARS[0].build(plain, replace=False)
+    with pytest.raises(InvalidArgumentError, match=r"name='id_idx'.*replace=True"):
+        lance_ray.create_scalar_index(old, column="id", index_type="BTREE", replace=False, progress=False)
+    assert lance_ray.list_indices(plain)[0].kind == "BITMAP"
+
+
+def test_the_name_of_an_index_on_another_column_is_refused_before_anything_is_built(plain, monkeypatch):
+    SCALARS[0].build(plain)
+    monkeypatch.setattr(index_build.Tasks, "run", None)
+    with pytest.raises(InvalidArgumentError, match=r"id_idx.*is the name of an index on id"):
+        lance_ray.create_scalar_index(plain, column="group", index_type="BITMAP", name="id_idx", progress=False)
+
+
+def test_a_chosen_uuid_never_replaces_files(plain, monkeypatch, columns_here):
+    chosen = "12345678-1234-4234-8234-123456789abc"
+    arguments: dict[str, Any] = {"index_type": "BITMAP", "index_uuid": chosen, "progress": False}
+    _meanwhile(monkeypatch, lambda: _rewrite(plain, "id < 100", "'g0'", "group"))
+    lance_ray.create_scalar_index(plain, column="group", **arguments)
+    indexes.assert_filters_agree(plain, SCALARS[3])
+    with pytest.raises(InvalidArgumentError, match=r"index_uuid.*such a segment"):
+        lance_ray.create_scalar_index(plain, column="id", **arguments)
+    old = lance.dataset(plain, 3)
+    assert old.count_rows("`group` = 'g3'") == old.scanner(filter="`group` = 'g3'", use_scalar_index=False).count_rows()
+
+
+# Odd tables
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float64()], ids=str)
+def test_vectors_of_other_floats_are_indexed_in_segments(tmp_path, kind):
+    values = np.random.default_rng(0).normal(size=(1200, 16)).astype(kind.to_pandas_dtype())
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), 16)
+    uri = str(tmp_path / "table")
+    lance.write_dataset(pa.table({"id": range(1200), "vector": vectors}), uri, max_rows_per_file=300)
+    asked = Asked("IVF_PQ", "vector", options={"num_partitions": 2, "num_sub_vectors": 4})
+    assert asked.build(uri, num_segments=2).segments == 2
+    assert indexes.recall(uri, "l2", refine_factor=20) > 0.8
+
+
+def test_a_share_of_the_sample_without_vectors_does_not_stop_the_training(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(800, 16)).astype("float32")
+    vectors = [row.tolist() if place < 400 else None for place, row in enumerate(values)]
+    uri = str(tmp_path / "table")
+    table = pa.table({"id": range(800), "vector": pa.array(vectors, pa.list_(pa.float32(), 16))})
+    lance.write_dataset(table, uri, max_rows_per_file=100)
+    monkeypatch.setattr("lance_ray.planning.indexes.SAMPLE_BYTES", 7_000)
+    asked = Asked("IVF_FLAT", "vector", options={"num_partitions": 2})
+    assert asked.build(uri, num_segments=2).segments == 2
+
+
+def test_a_column_without_any_vector_is_said_to_be(tmp_path):
+    table = pa.table({"id": range(80), "vector": pa.nulls(80, pa.list_(pa.float32(), 16))})
+    uri = str(tmp_path / "table")
+    lance.write_dataset(table, uri, max_rows_per_file=20)
+    with pytest.raises((InvalidArgumentError, TaskFailedError), match="no vector to train"):
+        Asked("IVF_FLAT", "vector", options={"num_partitions": 2}).build(uri, num_segments=2)
+
+
+def test_partitions_stay_what_they_were(plain):
+    Asked("IVF_SQ", "vector", options={"num_partitions": 7}).build(plain)
+    indexes.append(plain)
+    for change in (lance_ray.refresh_index, lambda uri, **rest: lance_ray.optimize_indices(uri, retrain=True, **rest)):
+        change(plain, progress=False)
+        assert lance.dataset(plain).stats.index_stats("vector_idx")["indices"][0]["num_partitions"] == 7
+
+
+def test_arguments_of_the_training_are_refused_where_nothing_is_trained(plain):
+    for given in ({"num_partitions": 3}, {"ivf_centroids": np.zeros((3, 16), "float32")}, {"fragment_ids": [0]}):
+        with pytest.raises(InvalidArgumentError, match="train=False"):
+            lance_ray.create_index(plain, "vector", "IVF_FLAT", train=False, progress=False, **given)
+    with pytest.raises(InvalidArgumentError, match="target_partition_size"):
+        lance_ray.create_index(plain, "vector", "IVF_FLAT", num_partitions=3, target_partition_size=9, progress=False)
+
+
+def test_what_the_engine_keeps_for_itself_is_not_dropped(plain):
+    SCALARS[0].build(plain)
+    lance.dataset(plain).optimize.compact_files(target_rows_per_fragment=5000, defer_index_remap=True)
+    with pytest.raises(InvalidArgumentError, match="__lance_frag_reuse"):
+        lance_ray.drop_index(plain, "__lance_frag_reuse")
+    assert [item.name for item in lance_ray.list_indices(plain)] == ["id_idx"]
+
+
+def test_columns_of_odd_names_are_indexed(tmp_path):
+    struct = pa.StructArray.from_arrays([pa.array(range(100)), pa.array(range(100))], names=["a b", "x.y"])
+    table = pa.table({"s": struct, "Name": range(100), "name": [str(item) for item in range(100)], "größe": range(100)})
+    uri = str(tmp_path / "table")
+    lance.write_dataset(table, uri, max_rows_per_file=25)
+    wanted = [("s.`a b`", "BTREE"), ("s.`x.y`", "BTREE"), ("name", "INVERTED"), ("Name", "BTREE"), ("größe", "BTREE")]
+    for number, (column, kind) in enumerate(wanted):
+        lance_ray.create_scalar_index(uri, column=column, index_type=kind, name=f"index{number}", progress=False)
+    assert len(lance_ray.list_indices(uri)) == 5
+    lance.write_dataset(table, uri, mode="append")
+    lance_ray.refresh_index(uri, progress=False)
+    assert {item.unindexed_rows for item in lance_ray.list_indices(uri)} == {0}
