@@ -13,8 +13,8 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import columns, compaction, indexing, planning, reading, searching, writing
-from benchmarks.harness import Result, environment, measure, table, warm_object_store
+from benchmarks import chart, columns, compaction, indexing, planning, reading, searching, writing
+from benchmarks.harness import Result, emit, environment, measure, table, warm_object_store
 
 AREAS = {
     "reading": reading.cases,
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         "--memory", action="store_true", help="also sample the peak of private memory, in a run of its own"
     )
     parser.add_argument("--json", type=Path, help="file to append the JSON lines to")
+    parser.add_argument("--chart", type=Path, help="PNG file to draw the ratios to")
     options = parser.parse_args(arguments)
     scale, repeats = (0.002, 1) if options.smoke else (options.scale, options.repeats)
     started = not ray.is_initialized()
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             ray.shutdown()
     print(json.dumps(environment()))
     print(table(results))
+    if options.chart is not None:
+        chart.draw([json.loads(result.as_json()) for result in results], options.chart)
     return results
 
 
@@ -73,15 +76,8 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
         for case in (case for area in areas for case in AREAS[area](folder, scale)):
             if options.only in case.name:
                 result = measure(case, repeats, memory=options.memory)
-                _emit(result, options.json)
+                emit(result.as_json(), options.json)
                 yield result
-
-
-def _emit(result: Result, file: Path | None) -> None:
-    print(result.as_json(), flush=True)
-    if file is not None:
-        with file.open("a") as lines:
-            lines.write(result.as_json() + "\n")
 
 
 if __name__ == "__main__":
