@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         "--memory", action="store_true", help="also sample the peak of private memory, in a run of its own"
     )
     parser.add_argument("--json", type=Path, help="file to append the JSON lines to")
-    parser.add_argument("--chart", type=Path, help="PNG file to draw the ratios to")
+    parser.add_argument("--chart", type=Path, help="PNG file to draw the ratios to (curves of planning: beside it)")
     options = parser.parse_args(arguments)
     scale, repeats = (0.002, 1) if options.smoke else (options.scale, options.repeats)
     started = not ray.is_initialized()
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             ray.shutdown()
     print(json.dumps(environment()))
     print(table(results))
-    if options.chart is not None:
+    if options.chart is not None and results:
         chart.draw([json.loads(result.as_json()) for result in results], options.chart)
     return results
 
@@ -69,7 +69,7 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
         folder = options.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not options.areas or "planning" in options.areas:
-            print(planning.table(list(planning.run(folder, scale))))
+            _plan(options, folder, scale)
         if "recall" in options.areas or (not options.areas and not options.smoke):
             print(searching.table(list(searching.recall(folder, scale))))
         areas = [area for area in AREAS if not options.areas or area in options.areas]
@@ -78,6 +78,16 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
                 result = measure(case, repeats, memory=options.memory)
                 emit(result.as_json(), options.json)
                 yield result
+
+
+def _plan(options: argparse.Namespace, folder: Path, scale: float) -> None:
+    rows = []
+    for row in planning.run(folder, scale):
+        print(planning.as_json(row), flush=True)
+        rows.append(row)
+    print(planning.table(rows))
+    if options.chart is not None:
+        planning.draw(rows, options.chart.with_stem(f"{options.chart.stem}-planning"))
 
 
 if __name__ == "__main__":

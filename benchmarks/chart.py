@@ -66,11 +66,14 @@ def draw(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], xlabel: str, file: Path) -> None:
-    """A panel for each title, a curve for each name in it, both axes logarithmic."""
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def curves(panels: Mapping[str, tuple[str, Curves]], file: Path) -> None:
+    """A panel for each title, with the name of its horizontal axis and a curve for each name; logarithmic axes."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
-    for place, (title, named) in zip(axes[0], panels.items(), strict=True):
+    for place, (title, (xlabel, named)) in zip(axes[0], panels.items(), strict=True):
         for name, points in named.items():
             place.plot(*zip(*points, strict=True), marker="o", label=name)
         place.set(xscale="log", yscale="log", xlabel=xlabel, title=title)

@@ -129,10 +129,10 @@ def _cpu_of(root: int) -> dict[tuple[int, float], float]:
     return found
 
 
-def private_bytes(root: int | None = None) -> int:
+def private_bytes(root: int | None = None, *, children: bool = True) -> int:
     """Memory of a process tree that is not shared (the object store is shared, so Ray's own copy does not count)."""
     total = 0
-    for process in tree(root):
+    for process in tree(root) if children else [psutil.Process(root)]:
         try:
             info = process.memory_info()
         except psutil.Error:
@@ -142,14 +142,14 @@ def private_bytes(root: int | None = None) -> int:
 
 
 @contextmanager
-def memory_peak(into: list[float], root: int | None = None) -> Iterator[None]:
+def memory_peak(into: list[float], root: int | None = None, *, children: bool = True) -> Iterator[None]:
     """Appends the peak that private memory rose by, in MB, sampled every 20 ms."""
-    base, peak, stop = private_bytes(root), 0, threading.Event()
+    base, peak, stop = private_bytes(root, children=children), 0, threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not stop.wait(0.02):
-            peak = max(peak, private_bytes(root) - base)
+            peak = max(peak, private_bytes(root, children=children) - base)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

@@ -136,7 +136,7 @@ class LanceDatasource(Datasource):
             return 1
         if cut.group_size is not None:
             return max(1, -(-outline.fragments // cut.group_size))
-        return min(number_of_tasks(outline.size_bytes, cut), max(outline.rows, 1))
+        return min(number_of_tasks(outline.size_bytes, cut, outline.fragments), max(outline.rows, 1))
 
     def _cut(self, spec: ReadSpec, cpus: int) -> Cut:
         tables = len(self._specs)

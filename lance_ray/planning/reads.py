@@ -25,6 +25,9 @@ FILTERED_TASK_BYTES = 512 * 1024**2
 MIN_TASK_BYTES = 8 * 1024**2
 """Below this a task costs more to start than it saves."""
 
+TASK_FRAGMENTS = 2_500
+"""Fragments that one task should open at most: of small ones that takes longer than reading them."""
+
 FIRST_TASK_BYTES = 256 * 1024
 """The first task of a large scan, so that ``ds.limit(n)`` and ``take`` answer quickly."""
 
@@ -98,13 +101,13 @@ class Cut:
     splittable: bool = True
 
 
-def number_of_tasks(total_bytes: float, cut: Cut) -> int:
+def number_of_tasks(total_bytes: float, cut: Cut, fragments: int = 1) -> int:
     """Tasks for a scan of this size: enough to use every CPU, none too small to pay, none too large to balance."""
     if cut.num_tasks is not None:
         return cut.num_tasks
     task_bytes = FILTERED_TASK_BYTES if cut.filtered else TASK_BYTES
     wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, math.ceil(total_bytes / task_bytes))
-    return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)))
+    return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)), math.ceil(fragments / TASK_FRAGMENTS))
 
 
 def window(stats: FragmentStats, offset: int, limit: int | None) -> list[tuple[int, int, int]]:
@@ -157,7 +160,7 @@ def _weight(stats: FragmentStats, part: _Part) -> float:
 def _targets(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[float]:
     """Where to cut, as cumulative weights: equal shares, after one small task where the planner decides alone."""
     total = sum(_weight(stats, part) for part in parts)
-    tasks = number_of_tasks(total, cut)
+    tasks = number_of_tasks(total, cut, len(parts))
     alone = cut.num_tasks is None and not cut.filtered and cut.splittable
     head = [float(FIRST_TASK_BYTES)] if alone and total / tasks > 64 * FIRST_TASK_BYTES else []
     rest = sum(head)
@@ -211,7 +214,7 @@ def _split_at(parts: Sequence[_Part], cuts: Sequence[tuple[int, int]]) -> list[l
 def _shuffled(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[list[_Part]]:
     """Row ranges of about an eighth of a task in an order that depends on the seed alone."""
     total = sum(_weight(stats, part) for part in parts)
-    tasks = number_of_tasks(total, cut)
+    tasks = number_of_tasks(total, cut, len(parts))
     count = tasks * _SHUFFLED_RANGES
     ranges = _cut(stats, parts, [total * k / count for k in range(1, count)], splittable=cut.splittable)
     random.Random(cut.shuffle_seed).shuffle(ranges)
