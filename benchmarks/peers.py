@@ -118,15 +118,16 @@ class Side:
             # Ray's workers look into the folder of the driver first, where no package may be.
             path = {"PYTHONPATH": str(SIDES.parents[1])} if self.name == "ours" else {}
             kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            self._process = subprocess.Popen(
-                [self._python, "-P", str(SIDES), self.name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self._folder / f"{self.name}.log").open("a"),
-                env=kept | path | {"DAFT_PROGRESS_BAR": "0"},
-                cwd=self._folder,
-                text=True,
-            )
+            with (self._folder / f"{self.name}.log").open("a") as log:
+                self._process = subprocess.Popen(
+                    [self._python, "-P", str(SIDES), self.name],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=kept | path | {"DAFT_PROGRESS_BAR": "0"},
+                    cwd=self._folder,
+                    text=True,
+                )
             ready = self._answer(self._process, 120)
             if "error" in ready:
                 told = (self._folder / f"{self.name}.log").read_text()[-1000:]

@@ -21,7 +21,7 @@ from lance_ray.arrow import row_width, unify
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options, check_sendable
-from lance_ray.memory import keep_freed_memory
+from lance_ray.memory import keep_freed_memory, object_store_share
 from lance_ray.options import PlanOptions, ScanOptions, check_flag, check_positive, fold_dataset_options, fold_seed
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
@@ -148,6 +148,7 @@ class LanceDatasource(Datasource):
             num_tasks=None if override is None else max(1, override // tables),
             shuffle_seed=self._plan.shuffle_seed,
             splittable=not spec.is_masked,
+            most_bytes=object_store_share(),
         )
 
 

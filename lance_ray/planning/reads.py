@@ -99,13 +99,15 @@ class Cut:
     num_tasks: int | None = None
     shuffle_seed: int | None = None
     splittable: bool = True
+    most_bytes: int | None = None
+    """Of a task's rows, where the object store has no room for more."""
 
 
 def number_of_tasks(total_bytes: float, cut: Cut, fragments: int = 1) -> int:
     """Tasks for a scan of this size: enough to use every CPU, none too small to pay, none too large to balance."""
     if cut.num_tasks is not None:
         return cut.num_tasks
-    task_bytes = FILTERED_TASK_BYTES if cut.filtered else TASK_BYTES
+    task_bytes = FILTERED_TASK_BYTES if cut.filtered else min(TASK_BYTES, cut.most_bytes or TASK_BYTES)
     wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, math.ceil(total_bytes / task_bytes))
     return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)), math.ceil(fragments / TASK_FRAGMENTS))
 

@@ -168,6 +168,12 @@ def test_without_a_number_the_bytes_decide(filtered: bool) -> None:
     assert tasks(100 * target) == 100
 
 
+def test_tasks_are_smaller_where_the_object_store_has_little_room() -> None:
+    plans = plan_reads(stats_of([1_000_000] * 100, 20.0), Cut(cpus=2, most_bytes=10 * MIB))
+
+    assert max(task.size_bytes for task in plans) <= 1.5 * 10 * MIB
+
+
 @pytest.mark.parametrize("filtered", [False, True])
 def test_no_task_opens_many_small_fragments(filtered: bool) -> None:
     fragments = 20 * reads.TASK_FRAGMENTS
