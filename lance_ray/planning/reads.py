@@ -19,6 +19,9 @@ from lance_ray.errors import InvalidArgumentError
 TASK_BYTES = 120 * 1024**2
 """Projected bytes that one task of a full scan should read: one block of Ray's default size of 128 MiB at most."""
 
+MOST_TASKS = 20_000
+"""Above so many the tasks grow instead: each costs the driver some milliseconds and kilobytes."""
+
 FILTERED_TASK_BYTES = 512 * 1024**2
 """The same for a scan with a filter, whose tasks mostly return little."""
 
@@ -108,7 +111,8 @@ def number_of_tasks(total_bytes: float, cut: Cut, fragments: int = 1) -> int:
     if cut.num_tasks is not None:
         return cut.num_tasks
     task_bytes = FILTERED_TASK_BYTES if cut.filtered else min(TASK_BYTES, cut.most_bytes or TASK_BYTES)
-    wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, math.ceil(total_bytes / task_bytes))
+    sized = min(math.ceil(total_bytes / task_bytes), MOST_TASKS)
+    wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, sized)
     return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)), math.ceil(fragments / TASK_FRAGMENTS))
 
 

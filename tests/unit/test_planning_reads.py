@@ -166,6 +166,7 @@ def test_without_a_number_the_bytes_decide(filtered: bool) -> None:
     assert tasks(0) == tasks(1) == tasks(reads.MIN_TASK_BYTES) == 1
     assert tasks(40 * MIB) == (2 if filtered else 4)
     assert tasks(100 * target) == 100
+    assert tasks(1e15) == reads.MOST_TASKS
 
 
 def test_tasks_are_smaller_where_the_object_store_has_little_room() -> None:
