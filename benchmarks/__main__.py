@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     started = not ray.is_initialized()
     if started:
         ray.init(
-            include_dashboard=False, log_to_driver=False, object_store_memory=6 * 1024**3, logging_level=logging.ERROR
+            address="local",  # not a cluster that somebody else started on this machine
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=6 * 1024**3,
+            logging_level=logging.ERROR,
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

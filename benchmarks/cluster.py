@@ -122,7 +122,9 @@ class Works:
             node = pa.array([ray.get_runtime_context().get_node_id()] * share)
             return pa.table({"id": ids, "vector": pa.FixedSizeListArray.from_arrays(values, DIMENSION), "node": node})
 
-        made = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(make, batch_size=None)
+        made = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(
+            make, batch_size=None, scheduling_strategy="SPREAD"
+        )
         size = max(1, self.rows // (4 * BLOCKS))
         write_lance(made, self.uri, storage_options=self.options, max_rows_per_file=size, min_rows_per_file=size)
         self.nodes["write"] = len(set(self.table().to_table(["node"])["node"].to_pylist()))
@@ -137,9 +139,9 @@ class Works:
 
         read = read_lance(self.uri, storage_options=self.options, override_num_blocks=BLOCKS)
         found = pa.concat_tables(
-            read.map_batches(mapped, batch_format="pyarrow", batch_size=None).iter_batches(
-                batch_size=None, batch_format="pyarrow"
-            )
+            read.map_batches(
+                mapped, batch_format="pyarrow", batch_size=None, scheduling_strategy="SPREAD"
+            ).iter_batches(batch_size=None, batch_format="pyarrow")
         )
         if sorted(found["id"].to_pylist()) != list(range(self.rows)):
             raise RuntimeError("not every row came once")

@@ -221,6 +221,7 @@ def run(store_mb: float, folder: Path, only: Sequence[str] = (), file: Path | No
     spill = folder / "spilled"
     spill.mkdir(parents=True, exist_ok=True)
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

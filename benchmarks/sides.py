@@ -179,6 +179,7 @@ class BuiltIn(Engine):
         self.ray = importlib.import_module("ray")
         self.load()
         self.ray.init(
+            address="local",
             num_cpus=CPUS,
             include_dashboard=False,
             log_to_driver=False,

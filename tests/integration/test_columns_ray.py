@@ -570,7 +570,8 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path: Path, arguments: di
 
 DRIVER = """
     import os, sys, ray, lance_ray, pyarrow as pa
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=40, object_store_memory=10**8)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": 40}
+    ray.init("local", num_cpus=1, object_store_memory=10**8, **quiet)  # not a cluster that others started
     uri, marker = sys.argv[1:]
 
     def transform(batch):
