@@ -5,7 +5,7 @@ LOWEST := .venv-lowest/bin
 FOLDERS := $(wildcard lance_ray tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest lint fmt docs bench clean
+.PHONY: help demo test test-all test-lowest lint fmt docs bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -39,8 +39,11 @@ docs: .venv/ready  ## the documentation as a site in build/site, every warning a
 bench: .venv/ready  ## time reading and writing against plain pylance
 	$(BIN)/python -m benchmarks $(ARGS)
 
+bench-peers: .venv/ready .venv-peers/lance-ray/ready .venv-peers/daft-lance/ready  ## the same beside the peers from PyPI
+	$(BIN)/python -m benchmarks.peers --environments .venv-peers $(ARGS)
+
 clean:  ## remove what make, the tests and the tools made
-	rm -rf .venv .venv-lowest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-lowest .venv-peers .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
@@ -57,3 +60,14 @@ clean:  ## remove what make, the tests and the tools made
 	@$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
 	@$(LOWEST)/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt --editable '.[test]'
 	@touch $@
+
+# A peer gets the versions of pylance, Ray and Arrow that the project has, as far as it allows them: Daft has its own Arrow.
+.venv-peers/%/ready: .venv/ready
+	@echo "setting up .venv-peers/$*, once: a minute or two"
+	@$(PYTHON) -m venv --clear .venv-peers/$*
+	@$(BIN)/python -m pip freeze | grep -E '^(pylance$(if $(filter lance-ray,$*),|ray|pyarrow|numpy|pandas))==' > .venv-peers/$*/constraints.txt
+	@.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-peers/$*/constraints.txt $(PEER_$*)
+	@touch $@
+
+PEER_lance-ray := lance-ray==0.5.0
+PEER_daft-lance := daft-lance==0.6.0 'daft>=0.7.26' pandas

@@ -13,8 +13,8 @@ from pathlib import Path
 import ray
 
 import lance_ray
-from benchmarks import columns, compaction, indexing, planning, reading, searching, writing
-from benchmarks.harness import Result, environment, measure, table, warm_object_store
+from benchmarks import chart, columns, compaction, indexing, planning, reading, searching, writing
+from benchmarks.harness import Result, emit, environment, measure, table, warm_object_store
 
 AREAS = {
     "reading": reading.cases,
@@ -39,12 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         "--memory", action="store_true", help="also sample the peak of private memory, in a run of its own"
     )
     parser.add_argument("--json", type=Path, help="file to append the JSON lines to")
+    parser.add_argument("--chart", type=Path, help="PNG file to draw the ratios to (curves of planning: beside it)")
     options = parser.parse_args(arguments)
     scale, repeats = (0.002, 1) if options.smoke else (options.scale, options.repeats)
     started = not ray.is_initialized()
     if started:
         ray.init(
-            include_dashboard=False, log_to_driver=False, object_store_memory=6 * 1024**3, logging_level=logging.ERROR
+            address="local",  # not a cluster that somebody else started on this machine
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=6 * 1024**3,
+            logging_level=logging.ERROR,
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -58,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             ray.shutdown()
     print(json.dumps(environment()))
     print(table(results))
+    if options.chart is not None and results:
+        chart.draw([json.loads(result.as_json()) for result in results], options.chart)
     return results
 
 
@@ -66,22 +73,25 @@ def _measured(options: argparse.Namespace, scale: float, repeats: int) -> Iterat
         folder = options.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not options.areas or "planning" in options.areas:
-            print(planning.table(list(planning.run(folder, scale))))
+            _plan(options, folder, scale)
         if "recall" in options.areas or (not options.areas and not options.smoke):
             print(searching.table(list(searching.recall(folder, scale))))
         areas = [area for area in AREAS if not options.areas or area in options.areas]
         for case in (case for area in areas for case in AREAS[area](folder, scale)):
             if options.only in case.name:
                 result = measure(case, repeats, memory=options.memory)
-                _emit(result, options.json)
+                emit(result.as_json(), options.json)
                 yield result
 
 
-def _emit(result: Result, file: Path | None) -> None:
-    print(result.as_json(), flush=True)
-    if file is not None:
-        with file.open("a") as lines:
-            lines.write(result.as_json() + "\n")
+def _plan(options: argparse.Namespace, folder: Path, scale: float) -> None:
+    rows = []
+    for row in planning.run(folder, scale):
+        print(planning.as_json(row), flush=True)
+        rows.append(row)
+    print(planning.table(rows))
+    if options.chart is not None:
+        planning.draw(rows, options.chart.with_stem(f"{options.chart.stem}-planning"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from benchmarks.harness import Case, cached
+from benchmarks.harness import Case, cached, restored
 from lance_ray import add_columns
 
 SQL = {"computed": "a * 2 + b"}
@@ -39,15 +38,6 @@ def numbers(uri: str, rows: int, fragments: int) -> None:
         ids = np.arange(first, min(rows, first + share))
         table = pa.table({"id": ids, "a": ids * 3, "b": ids % 97, "x": ids / 2})
         lance.write_dataset(table, uri, mode="append" if first else "create")
-
-
-def _restored(source: str, uri: str) -> None:
-    shutil.rmtree(uri, ignore_errors=True)
-    shutil.copytree(source, uri, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)  # data files are never written again, so that copies may share them
 
 
 def _checked(uri: str) -> int:
@@ -86,5 +76,5 @@ def cases(folder: Path, scale: float) -> Iterator[Case]:
             functools.partial(_ours, work, transform),
             required=1.0,
             stretch=0.65 if transform is not SQL else 1.0,
-            before=functools.partial(_restored, source, work),
+            before=functools.partial(restored, source, work),
         )

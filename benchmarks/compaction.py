@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.harness import Case, cached
+from benchmarks.harness import Case, cached, restored
 from lance_ray import CompactionReport, compact_files
 
 
@@ -40,15 +39,6 @@ def wide_fragments(uri: str, fragments: int, megabytes: float) -> None:
         ids = np.arange(number * rows, (number + 1) * rows)
         table = pa.table({"id": ids, "vector": pa.FixedSizeListArray.from_arrays(values, 768)})
         lance.write_dataset(table, uri, mode="append" if number else "create")
-
-
-def _restored(source: str, uri: str) -> None:
-    shutil.rmtree(uri, ignore_errors=True)
-    shutil.copytree(source, uri, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)  # data files are never written again, so that copies may share them
 
 
 def _layout(uri: str) -> int:
@@ -95,5 +85,5 @@ def _case(name: str, source: str, folder: Path, target: int | None) -> Case:
         functools.partial(_ours, uri, target),
         1.0,
         0.6,
-        before=functools.partial(_restored, source, uri),
+        before=functools.partial(restored, source, uri),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import threading
@@ -77,16 +78,16 @@ class Result:
         return json.dumps({**asdict(self), "figure": self.figure, "verdict": self.verdict})
 
 
-def tree() -> list[psutil.Process]:
-    """This process and every process below it, Ray's included."""
-    me = psutil.Process()
-    return [me, *me.children(recursive=True)]
+def tree(root: int | None = None) -> list[psutil.Process]:
+    """A process (this one by default) and every process below it, Ray's included."""
+    top = psutil.Process(root)
+    return [top, *top.children(recursive=True)]
 
 
-def cpu_seconds() -> float:
-    """CPU seconds that the process tree has used, ended children of each process included."""
+def cpu_seconds(root: int | None = None) -> float:
+    """CPU seconds that a process tree has used, ended children of each process included."""
     total = 0.0
-    for process in tree():
+    for process in tree(root):
         try:
             times = process.cpu_times()
         except psutil.Error:
@@ -95,10 +96,43 @@ def cpu_seconds() -> float:
     return total
 
 
-def private_bytes() -> int:
-    """Memory of the process tree that is not shared (the object store is shared, so Ray's own copy does not count)."""
+@contextmanager
+def cpu_watched(into: list[float], root: int) -> Iterator[None]:
+    """Appends the CPU seconds that a process tree used meanwhile, those of processes that ended included: Ray reaps
+    its workers in a way that loses their times, so that the tree is looked at every 0.3 s.
+    """
+    first, last, stop = _cpu_of(root), {}, threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.3):
+            last.update(_cpu_of(root))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        last.update(_cpu_of(root))
+        into.append(sum(used - first.get(process, 0.0) for process, used in last.items()))
+
+
+def _cpu_of(root: int) -> dict[tuple[int, float], float]:
+    found = {}
+    for process in tree(root) if psutil.pid_exists(root) else []:
+        try:
+            times = process.cpu_times()
+            found[process.pid, process.create_time()] = times.user + times.system
+        except psutil.Error:
+            continue
+    return found
+
+
+def private_bytes(root: int | None = None, *, children: bool = True) -> int:
+    """Memory of a process tree that is not shared (the object store is shared, so Ray's own copy does not count)."""
     total = 0
-    for process in tree():
+    for process in tree(root) if children else [psutil.Process(root)]:
         try:
             info = process.memory_info()
         except psutil.Error:
@@ -108,14 +142,14 @@ def private_bytes() -> int:
 
 
 @contextmanager
-def memory_peak(into: list[float]) -> Iterator[None]:
+def memory_peak(into: list[float], root: int | None = None, *, children: bool = True) -> Iterator[None]:
     """Appends the peak that private memory rose by, in MB, sampled every 20 ms."""
-    base, peak, stop = private_bytes(), 0, threading.Event()
+    base, peak, stop = private_bytes(root, children=children), 0, threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not stop.wait(0.02):
-            peak = max(peak, private_bytes() - base)
+            peak = max(peak, private_bytes(root, children=children) - base)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -223,6 +257,24 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
+
+
+def emit(line: str, file: Path | None) -> None:
+    """Prints a JSON line, and appends it to a file if there is one."""
+    print(line, flush=True)
+    if file is not None:
+        with file.open("a") as lines:
+            lines.write(line + "\n")
+
+
+def restored(source: str, uri: str) -> None:
+    """A copy of a table that may be changed: data files are never written again, so that copies share them."""
+    shutil.rmtree(uri, ignore_errors=True)
+    shutil.copytree(source, uri, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
 
 
 def cached(folder: Path, name: str, make: Callable[[str], None]) -> str:

@@ -16,6 +16,7 @@ from ray.data import Dataset
 from ray.data.expressions import Expr, col
 
 from benchmarks.harness import Case, cached
+from benchmarks.sides import heavy
 
 
 def narrow(uri: str, rows: int, fragments: int) -> None:
@@ -80,6 +81,12 @@ def many_fragments(uri: str, fragments: int, rows: int) -> None:
     lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, written))
 
 
+def one_fragment(folder: Path, scale: float) -> tuple[str, int]:
+    """The narrow table in a single fragment; its rows."""
+    rows = max(1000, int(8_000_000 * scale))
+    return cached(folder, f"one-{rows}", functools.partial(narrow, rows=rows, fragments=1)), rows
+
+
 def consume(dataset: Dataset) -> int:
     """Every block, as Arrow; the number of rows."""
     return sum(len(batch) for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -127,6 +134,23 @@ def cases(folder: Path, scale: float) -> Iterator[Case]:
     yield from _filtered(folder, table, rows)
     yield from _limits(table, wide)
     yield from _fragments(folder, max(20, int(5000 * scale)))
+    yield from _heavy(folder, scale)
+
+
+def _heavy(folder: Path, scale: float) -> Iterator[Case]:
+    uri, rows = one_fragment(folder, scale)
+
+    def engine() -> int:
+        batches = lance.dataset(uri).scanner(batch_size=65_536).to_batches()
+        return sum(heavy(pa.Table.from_batches([batch])).num_rows for batch in batches)
+
+    def ours() -> int:
+        mapped = ray.data.read_lance(uri).map_batches(
+            heavy, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+        )
+        return consume(mapped)
+
+    yield Case(f"1 fragment of {rows:,}, heavy map_batches", engine, ours, 1.3, 0.9)
 
 
 def _filtered(folder: Path, table: str, rows: int) -> Iterator[Case]:

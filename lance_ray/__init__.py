@@ -24,7 +24,7 @@ version) and *commit* (one module), and each question has one file:
 ``progress``          bars on a terminal, sparse log lines elsewhere
 ``runner``            tasks of its own: a bounded window, retried by type, cancelled together
 ``executors``         where they run: threads, Ray tasks, Ray actors
-``memory``            what worker processes do with memory that they have freed
+``memory``            what workers do with memory that they have freed; how much of the object store a task fills
 ``preflight``         whether every node can do the work
 ``ledger``            which files a running job has written; what a dead one left
 ``commit``            the only place that commits: committed, not committed, or unknown

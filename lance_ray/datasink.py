@@ -36,6 +36,7 @@ from lance_ray.errors import (
     TableExistsError,
 )
 from lance_ray.ledger import JobRef, delete_files, untracked
+from lance_ray.memory import object_store_share
 from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.preflight import check_cluster
 from lance_ray.retry import RetryPolicy
@@ -71,8 +72,8 @@ class TableSink(Datasink[list[WrittenFile]]):
 
     @property
     def min_bytes_per_write(self) -> int | None:
-        """Bytes of a task's bundle; the default."""
-        return None if self._spec.options.rows_decide else self._spec.options.bundle_bytes
+        """Bytes of a task's bundle, the default: as many as have room in the object store until the task reads them."""
+        return None if self._spec.options.rows_decide else min(self._spec.options.bundle_bytes, object_store_share())
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[WrittenFile]:  # noqa: ARG002 - Ray's signature
         """Runs on a worker: blocks to files."""

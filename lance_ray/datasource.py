@@ -23,7 +23,7 @@ from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options, check_sendable
-from lance_ray.memory import keep_freed_memory
+from lance_ray.memory import keep_freed_memory, object_store_share
 from lance_ray.options import (
     PlanOptions,
     ScanOptions,
@@ -218,7 +218,7 @@ class LanceDatasource(Datasource):
             return 1
         if cut.group_size is not None:
             return max(1, -(-outline.fragments // cut.group_size))
-        return min(number_of_tasks(outline.size_bytes, cut), max(outline.rows, 1))
+        return min(number_of_tasks(outline.size_bytes, cut, outline.fragments), max(outline.rows, 1))
 
     def _cut(self, spec: ReadSpec, cpus: int) -> Cut:
         tables = len(self._specs)
@@ -230,6 +230,7 @@ class LanceDatasource(Datasource):
             num_tasks=None if override is None else max(1, override // tables),
             shuffle_seed=self._plan.shuffle_seed,
             splittable=not spec.is_masked,
+            most_bytes=object_store_share(),
         )
 
 

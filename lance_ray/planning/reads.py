@@ -19,11 +19,17 @@ from lance_ray.errors import InvalidArgumentError
 TASK_BYTES = 120 * 1024**2
 """Projected bytes that one task of a full scan should read: one block of Ray's default size of 128 MiB at most."""
 
+MOST_TASKS = 20_000
+"""Above so many the tasks grow instead: each costs the driver some milliseconds and kilobytes."""
+
 FILTERED_TASK_BYTES = 512 * 1024**2
 """The same for a scan with a filter, whose tasks mostly return little."""
 
 MIN_TASK_BYTES = 8 * 1024**2
 """Below this a task costs more to start than it saves."""
+
+TASK_FRAGMENTS = 2_500
+"""Fragments that one task should open at most: of small ones that takes longer than reading them."""
 
 FIRST_TASK_BYTES = 256 * 1024
 """The first task of a large scan, so that ``ds.limit(n)`` and ``take`` answer quickly."""
@@ -96,15 +102,18 @@ class Cut:
     num_tasks: int | None = None
     shuffle_seed: int | None = None
     splittable: bool = True
+    most_bytes: int | None = None
+    """Of a task's rows, where the object store has no room for more."""
 
 
-def number_of_tasks(total_bytes: float, cut: Cut) -> int:
+def number_of_tasks(total_bytes: float, cut: Cut, fragments: int = 1) -> int:
     """Tasks for a scan of this size: enough to use every CPU, none too small to pay, none too large to balance."""
     if cut.num_tasks is not None:
         return cut.num_tasks
-    task_bytes = FILTERED_TASK_BYTES if cut.filtered else TASK_BYTES
-    wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, math.ceil(total_bytes / task_bytes))
-    return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)))
+    task_bytes = FILTERED_TASK_BYTES if cut.filtered else min(TASK_BYTES, cut.most_bytes or TASK_BYTES)
+    sized = min(math.ceil(total_bytes / task_bytes), MOST_TASKS)
+    wanted = max(cut.cpus if cut.filtered else 2 * cut.cpus, sized)
+    return max(1, min(wanted, math.ceil(total_bytes / MIN_TASK_BYTES)), math.ceil(fragments / TASK_FRAGMENTS))
 
 
 def window(stats: FragmentStats, offset: int, limit: int | None) -> list[tuple[int, int, int]]:
@@ -157,7 +166,7 @@ def _weight(stats: FragmentStats, part: _Part) -> float:
 def _targets(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[float]:
     """Where to cut, as cumulative weights: equal shares, after one small task where the planner decides alone."""
     total = sum(_weight(stats, part) for part in parts)
-    tasks = number_of_tasks(total, cut)
+    tasks = number_of_tasks(total, cut, len(parts))
     alone = cut.num_tasks is None and not cut.filtered and cut.splittable
     head = [float(FIRST_TASK_BYTES)] if alone and total / tasks > 64 * FIRST_TASK_BYTES else []
     rest = sum(head)
@@ -211,7 +220,7 @@ def _split_at(parts: Sequence[_Part], cuts: Sequence[tuple[int, int]]) -> list[l
 def _shuffled(stats: FragmentStats, parts: Sequence[_Part], cut: Cut) -> list[list[_Part]]:
     """Row ranges of about an eighth of a task in an order that depends on the seed alone."""
     total = sum(_weight(stats, part) for part in parts)
-    tasks = number_of_tasks(total, cut)
+    tasks = number_of_tasks(total, cut, len(parts))
     count = tasks * _SHUFFLED_RANGES
     ranges = _cut(stats, parts, [total * k / count for k in range(1, count)], splittable=cut.splittable)
     random.Random(cut.shuffle_seed).shuffle(ranges)

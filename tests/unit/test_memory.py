@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lance_ray import memory
+
 PROGRAM = """if True:
     import resource
     from concurrent.futures import ThreadPoolExecutor
@@ -46,3 +48,22 @@ def test_zero_bytes_leave_the_allocator_alone(monkeypatch):
     kept, count = faults(monkeypatch, 0)
     assert not kept
     assert count > 10_000
+
+
+def node(cpus: float, store: float | None, *, alive: bool = True) -> dict[str, object]:
+    resources = {"CPU": cpus} | ({} if store is None else {"object_store_memory": store})
+    return {"Alive": alive, "Resources": resources}
+
+
+def test_a_task_may_fill_a_quarter_of_what_the_scarcest_node_has_for_each_cpu(monkeypatch: pytest.MonkeyPatch):
+    nodes = [node(2, 1600), node(4, 1600), node(1, 10, alive=False), node(0, 10), node(8, None)]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+
+    assert memory.object_store_share() == 100
+
+
+def test_without_a_cluster_a_task_may_fill_anything(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+    assert memory.object_store_share() == sys.maxsize

@@ -166,6 +166,22 @@ def test_without_a_number_the_bytes_decide(filtered: bool) -> None:
     assert tasks(0) == tasks(1) == tasks(reads.MIN_TASK_BYTES) == 1
     assert tasks(40 * MIB) == (2 if filtered else 4)
     assert tasks(100 * target) == 100
+    assert tasks(1e15) == reads.MOST_TASKS
+
+
+def test_tasks_are_smaller_where_the_object_store_has_little_room() -> None:
+    plans = plan_reads(stats_of([1_000_000] * 100, 20.0), Cut(cpus=2, most_bytes=10 * MIB))
+
+    assert max(task.size_bytes for task in plans) <= 1.5 * 10 * MIB
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_no_task_opens_many_small_fragments(filtered: bool) -> None:
+    fragments = 20 * reads.TASK_FRAGMENTS
+    plans = plan_reads(stats_of([10] * fragments), Cut(cpus=2, filtered=filtered))
+
+    assert len(plans) == 20
+    assert {task.rows for task in plans} == {10 * reads.TASK_FRAGMENTS}
 
 
 def test_a_large_scan_begins_with_a_small_task_so_that_a_limit_is_quick() -> None:
