@@ -31,7 +31,7 @@ from lance_ray.errors import (
     translate_errors,
     unwrap,
 )
-from lance_ray.executors import check_ray_options
+from lance_ray.executors import check_dataset, check_ray_options
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
 from lance_ray.preflight import check_cluster
@@ -397,8 +397,7 @@ def write_lance(
     check_positive("resume_rows", resume_rows, optional=False, zero=True)
     check_flag("stream", stream)
     check_ray_options(ray_remote_args)
-    if not isinstance(ds, Dataset):
-        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
+    check_dataset(ds)
     if not stream and (resume_rows or batch_size is not None):
         raise InvalidArgumentError(
             "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
