@@ -479,8 +479,13 @@ def _run(job: WriteJob, write: _Write) -> WriteReport:
 
 
 def _spec_of(job: WriteJob, target: WriteTarget) -> WriteSpec:
-    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
+    ledger = _ledger(job, target.table, target.base_version)
     return WriteSpec(target, job.options, files_schema(target, job.options), ledger, _retry())
+
+
+def _ledger(job: WriteJob, table: PinnedTable, since: int = 0) -> JobRef:
+    bases = tuple(str(base.path) for base in job.options.initial_bases or ())
+    return JobRef(table, job.commit.operation_id, since, bases=bases)
 
 
 def _retry() -> RetryPolicy:
@@ -500,7 +505,7 @@ def _earlier_run(job: WriteJob) -> PinnedTable | None:
     """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
     try:
         table = job.ref.unpinned()
-        ledger = JobRef(table, job.commit.operation_id)
+        ledger = _ledger(job, table)
         ledger.end_earlier_runs()  # before the look at the table: what is over by now shows there
         newest = table.open_latest()
     except TableNotFoundError:
