@@ -539,8 +539,10 @@ def fold_job(
     columns = None if reading.columns is None else strings("read_columns", reading.columns)
     if transform.sql and columns is not None:
         raise InvalidArgumentError("read_columns", columns, "SQL expressions name what they read")
-    check_scan(table, "read_columns", columns=columns)
-    check_scan(table, "filter", filter=reading.filter)
+    if not transform.sql:
+        check_scan(table, "read_columns", columns=columns)
+    if reading.filter is not None:
+        check_scan(table, "filter", filter=reading.filter, columns=[], with_row_id=True)
     job = JobRef(table, options.operation_id, table.version)
     spec = ColumnSpec(transform, job, columns, reading.filter, reading.batch_size)
     return ColumnJob(operation, table, spec, workers, options, running.progress, running.max_replans)
