@@ -337,6 +337,22 @@ def _is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and isnan(cell))
 
 
+def pickled_columns(schema: pa.Schema) -> list[str]:
+    """The columns that are, or nest, Ray's pickled Python objects: to look at a value of one is to run its code."""
+    return [field.name for field in schema if _holds_pickled(field)]
+
+
+def _holds_pickled(field: pa.Field) -> bool:
+    kind, metadata = field.type, field.metadata or {}
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name == _RAY_PICKLED or _holds_pickled(pa.field(field.name, kind.storage_type))
+    if metadata.get(b"ARROW:extension:name") == _RAY_PICKLED.encode():
+        return True
+    if pa.types.is_dictionary(kind):
+        return _holds_pickled(pa.field(field.name, kind.value_type))
+    return any(_holds_pickled(kind.field(index)) for index in range(kind.num_fields))
+
+
 def _without_pickled(table: pa.Table) -> pa.Table:
     for index, field in enumerate(table.schema):
         if getattr(field.type, "extension_name", "") == _RAY_PICKLED:

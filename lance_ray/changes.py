@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError, translate_errors
+from lance_ray.options import check_flag, check_text, check_version, strings
 from lance_ray.table import PinnedTable, TableRef, address_of, newest
 
 
@@ -65,7 +66,7 @@ def drop_columns(
 
     Appends, deletes, updates and compactions by others meanwhile land beside it; changes of the schema conflict.
     """
-    names = [columns] if isinstance(columns, str) else list(columns)
+    names = list(strings("columns", [columns] if isinstance(columns, str) else columns))
     if not names:
         raise InvalidArgumentError("columns", names, "must name at least one column")
     table, ref = _newest(uri, locals())
@@ -122,6 +123,9 @@ def alter_columns(
             raise InvalidArgumentError("alterations", item, f"must have 'path' and another of {sorted(known)}")
         if not isinstance(item.get("data_type", pa.null()), pa.DataType):
             raise InvalidArgumentError("data_type", item["data_type"], "must be a pyarrow type")
+        check_text("path", item["path"], optional=False)
+        check_text("name", item.get("name"))
+        check_flag("nullable", item.get("nullable", True))
     table, ref = _newest(uri, locals())
     dataset = table.open_latest()
     _refuse_taken_names(dataset.schema, alterations)
@@ -170,8 +174,11 @@ def delete(
         raise InvalidArgumentError("predicate", predicate, "must be a SQL expression; 'true' deletes every row")
     table, ref = _newest(uri, locals())
     dataset = table.open_latest()
-    with translate_errors("delete from", table.uri, secrets=table.secrets):
-        result = dataset.delete(predicate)
+    try:
+        with translate_errors("delete from", table.uri, secrets=table.secrets):
+            result = dataset.delete(predicate)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError("predicate", predicate, str(error)) from error
     return _report(ref, "delete", dataset, rows=int(result["num_deleted_rows"]))
 
 
@@ -211,6 +218,7 @@ def restore(
     """
     if version is None:
         raise InvalidArgumentError("version", None, "must be a number or a tag")
+    check_version("version", version)
     table, ref = _newest(uri, locals())
     dataset = table.open_at(version)
     with translate_errors("restore", table.uri, secrets=table.secrets):
@@ -229,7 +237,9 @@ def _paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
 def _refuse_taken_names(schema: pa.Schema, alterations: Sequence[Mapping[str, Any]]) -> None:
     paths = list(_paths(schema))
     for item in alterations:
-        folder, dot, own = str(item["path"]).rpartition(".")
+        folder, dot, own = item["path"].rpartition(".")
+        if item["path"].partition(".")[0] not in schema.names:
+            raise InvalidArgumentError("alterations", item, f"its path must be a column of the table: {paths}")
         name = item.get("name", own)
         if name != own and f"{folder}{dot}{name}" in paths:
             raise InvalidArgumentError("name", name, f"the table has such a column already: {paths}")

@@ -38,6 +38,7 @@ from lance_ray.columns import (
     Loaded,
     Reading,
     Running,
+    at_version,
     columns_of,
     fold_job,
     fragments_of_one,
@@ -62,14 +63,24 @@ from lance_ray.errors import (
     translate_errors,
     unwrap,
 )
+from lance_ray.executors import check_dataset
 from lance_ray.ledger import JobRef
-from lance_ray.options import CommitOptions, PlanOptions, ScanOptions, pairs
+from lance_ray.options import (
+    CommitOptions,
+    PlanOptions,
+    ScanOptions,
+    check_flag,
+    check_positive,
+    check_schema,
+    pairs,
+    strings,
+)
 from lance_ray.planning.columns import ColumnResult
 from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
-from lance_ray.progress import Reporter
+from lance_ray.progress import Reporter, check_progress
 from lance_ray.retry import RetryPolicy, is_interruption
-from lance_ray.table import PinnedTable, TableRef, address_of
+from lance_ray.table import PinnedTable, address_of
 from lance_ray.transforms import BatchFormat, fold_transform
 
 _FRAGMENT, _ADDRESS, _KEY = "__lance_ray_fragment", "__lance_ray_address", "__lance_ray_key"
@@ -93,9 +104,12 @@ class MergeOptions:
     @classmethod
     def fold(cls, on: Any, workers: ColumnWorkers, options: CommitOptions, progress: Any, **more: Any) -> MergeOptions:
         """The options, checked."""
-        names = (on,) if isinstance(on, str) else tuple(on)
-        if not names or not all(isinstance(name, str) and name for name in names):
+        names = strings("on", (on,) if isinstance(on, str) else on)
+        if not names or not all(names):
             raise InvalidArgumentError("on", on, "must be '_rowaddr', '_rowid' or names of key columns")
+        check_progress(progress)
+        check_flag("require_full_coverage", more.get("full", True))
+        check_schema("output_schema", more.get("schema"))
         return cls(names, workers, options, progress, **more)
 
 
@@ -178,9 +192,7 @@ def merge_columns_from(
         full=require_full_coverage,
         schema=output_schema,
     )
-    if ds is None:
-        raise InvalidArgumentError("ds", None, "must be a Ray Dataset")
-    return _merge(TableRef.fold(uri, address, version=read_version).pin(), ds, options, batch_size)
+    return _merge(at_version(uri, address, read_version), ds, options, batch_size)
 
 
 def add_columns_from(
@@ -234,7 +246,7 @@ def add_columns_from(
     address = address_of(locals())
     job = fold_job(
         "add_columns",
-        TableRef.fold(uri, address, version=read_version).pin(),
+        at_version(uri, address, read_version),
         folded,
         Reading(read_columns, filter, batch_size),
         ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus),
@@ -304,6 +316,8 @@ def _merge(
     table: PinnedTable, ds: Any, options: MergeOptions, batch_size: int | None, *, update: bool = False
 ) -> ColumnsReport:
     started = time.monotonic()
+    check_positive("batch_size", batch_size)
+    check_dataset(ds)
     job = JobRef(table, options.commit.operation_id, table.version)
     if (landed := landed_in(table, options.commit)) is not None:
         return ColumnsReport(table.ref.target, landed, job_id=job.job_id, skipped=True)

@@ -39,13 +39,24 @@ from lance_ray.errors import (
     SnapshotChangedError,
     translate_errors,
 )
-from lance_ray.executors import ActorExecutor, Executor, RayExecutor, checked_ray_args
+from lance_ray.executors import ActorExecutor, Executor, RayExecutor, check_ray_options, checked_ray_args
 from lance_ray.ledger import JobRef, WrittenPath
-from lance_ray.options import CommitOptions, check_positive, pairs
+from lance_ray.options import (
+    CommitOptions,
+    ScanOptions,
+    check_flag,
+    check_positive,
+    check_schema,
+    check_text,
+    check_version,
+    pairs,
+    strings,
+)
 from lance_ray.planning.columns import ColumnResult
 from lance_ray.planning.reads import batch_rows
 from lance_ray.preflight import check_cluster
-from lance_ray.progress import Reporter
+from lance_ray.progress import Reporter, check_progress
+from lance_ray.read import table_schema
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.table import PinnedTable, TableRef, address_of, newest
 from lance_ray.transforms import (
@@ -149,7 +160,9 @@ class ColumnWorkers:
         """The workers; ``num_cpus``, ``num_gpus`` and ``memory`` are for each."""
         check_positive("concurrency", concurrency)
         given = {key: value for key, value in resources.items() if value is not None}
-        return cls(concurrency, checked_ray_args({**(ray_remote_args or {}), **given}))
+        for name, value in given.items():
+            check_ray_options({name: value}, name)
+        return cls(concurrency, {**checked_ray_args(ray_remote_args), **given})
 
     def executor(self, operation: str, *, stateful: bool) -> Executor:
         """Ray tasks; actors for a transform with state."""
@@ -253,22 +266,23 @@ def add_columns(
 
     A failed job leaves the table as it was. Its files are removed; with a ``job_id`` they wait for the next run.
     """
+    check_schema("reader_schema", reader_schema)
     folded = fold_transform(
         transform,
         batch_format=batch_format,
-        output_schema=output_schema or reader_schema,
+        output_schema=reader_schema if output_schema is None else output_schema,
         setup=(fn_constructor_args, fn_constructor_kwargs),
         version=transform_version,
     )
     address = address_of(locals())
-    table = TableRef.fold(uri, address, version=read_version).pin()
+    table = at_version(uri, address, read_version)
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     if isinstance(folded, pa.Schema):
         _refuse(
             "columns of nulls are not computed",
             filter=filter,
             read_columns=read_columns,
-            output_schema=output_schema or reader_schema,
+            output_schema=reader_schema if output_schema is None else output_schema,
             batch_size=batch_size,
             read_version=read_version,
             fn_constructor_args=fn_constructor_args,
@@ -384,8 +398,12 @@ def update_columns(
 
     if (ds is None) == (transform is None):
         raise InvalidArgumentError("transform", transform, "give either a transform or ds")
+    check_flag("where_null", where_null)
+    check_text("filter", filter)
+    if ds is None and not (isinstance(on, str) and on == "_rowaddr"):
+        raise InvalidArgumentError("on", on, "says how ds names rows, and goes with it")
     address = address_of(locals())
-    table = TableRef.fold(uri, address, version=read_version).pin()
+    table = at_version(uri, address, read_version)
     options = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id)
     workers = ColumnWorkers.fold(concurrency, ray_remote_args, num_cpus=num_cpus, num_gpus=num_gpus)
     if ds is not None:
@@ -425,6 +443,12 @@ def update_columns(
     return run_job(dataclasses.replace(job, spec=dataclasses.replace(job.spec, output=output, update=True)))
 
 
+def at_version(uri: Any, address: dict[str, Any], read_version: Any) -> PinnedTable:
+    """The table to compute on."""
+    check_version("read_version", read_version)
+    return TableRef.fold(uri, address, version=read_version).pin()
+
+
 def _refuse(why: str, **arguments: Any) -> None:
     """Raise InvalidArgumentError for the first of these arguments that was given: it would have no effect."""
     for name, value in arguments.items():
@@ -461,8 +485,8 @@ def columns_of(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     Raises:
         InvalidArgumentError: it does not have one, or none is named.
     """
-    unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in schema.names]
-    if unknown or not names or isinstance(names, str):
+    unknown = [name for name in strings("columns", names) if name not in schema.names]
+    if unknown or not names:
         raise InvalidArgumentError("columns", unknown or names, f"must be columns of the table: {schema.names}")
     return pa.schema([schema.field(name) for name in dict.fromkeys(names)])
 
@@ -496,14 +520,26 @@ def fold_job(
     """The job, checked as far as nothing has to be computed."""
     check_positive("batch_size", reading.batch_size)
     check_positive("max_replans", running.max_replans, optional=False, zero=True)
-    if reading.filter is not None and not (isinstance(reading.filter, str) and reading.filter.strip()):
-        raise InvalidArgumentError("filter", reading.filter, "must be a SQL expression")
-    columns = None if reading.columns is None else tuple(reading.columns)
+    check_progress(running.progress)
+    check_text("filter", reading.filter)
+    columns = None if reading.columns is None else strings("read_columns", reading.columns)
     if transform.sql and columns is not None:
         raise InvalidArgumentError("read_columns", columns, "SQL expressions name what they read")
+    if not transform.sql:
+        check_scan(table, "read_columns", columns=columns)
+    if reading.filter is not None:
+        check_scan(table, "filter", filter=reading.filter, columns=[], with_row_id=True)
     job = JobRef(table, options.operation_id, table.version)
     spec = ColumnSpec(transform, job, columns, reading.filter, reading.batch_size)
     return ColumnJob(operation, table, spec, workers, options, running.progress, running.max_replans)
+
+
+def check_scan(table: PinnedTable, parameter: str, **asked: Any) -> None:
+    """Refuse columns, expressions or a filter that the table cannot be read by, by the name of the argument."""
+    try:
+        table_schema(table, ScanOptions.fold(None, **asked))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(parameter, next(iter(asked.values())), str(error)) from error
 
 
 def add_nulls(table: PinnedTable, schema: pa.Schema, options: CommitOptions) -> ColumnsReport:

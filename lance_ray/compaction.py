@@ -34,6 +34,7 @@ from lance_ray.executors import RayExecutor, check_ray_options, checked_ray_args
 from lance_ray.ledger import JobRef, WrittenPath, cleanup_jobs
 from lance_ray.options import (
     CommitOptions,
+    check_choice,
     check_flag,
     check_mapping,
     check_positive,
@@ -315,8 +316,7 @@ def fold_job(
     micro = _unless_low(micro_commit_batch_size, 0)
     check_positive("micro_commit_batch_size", micro)
     check_progress(progress)
-    if on_failure not in ("raise", "report"):
-        raise InvalidArgumentError("on_failure", on_failure, "must be 'raise' or 'report'")
+    check_choice("on_failure", on_failure, ("raise", "report"))
     at_once, remote_args = workers.fold()
     return CompactionJob(ref, engine, micro, budget, at_once, remote_args, on_failure, progress, max_replans)
 
@@ -351,6 +351,11 @@ class Workers:
         return None if workers is None else workers * (self.concurrency or 1), remote_args
 
 
+_COUNTS = frozenset(
+    {"target_rows_per_fragment", "max_rows_per_group", "max_bytes_per_file", "num_threads", "batch_size"}
+)
+
+
 def fold_engine_options(
     options: Mapping[str, Any] | None, scan_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -372,6 +377,9 @@ def fold_engine_options(
         raise InvalidArgumentError(
             "default_scan_options", unknown, f"a rewrite reads whole fragments; it takes {sorted(_SCAN_KEYS)}"
         )
+    for key in sorted(_COUNTS & set(given)):
+        if isinstance(given[key], bool) or not isinstance(given[key], int) or given[key] < 1:
+            raise InvalidArgumentError("compaction_options", {key: given[key]}, "must be a whole number of at least 1")
     for key, value in scan.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgumentError("default_scan_options", {key: value}, "must be a whole number of at least 1")

@@ -350,7 +350,8 @@ class LanceDatasink(TableSink):
     def _resolved(self) -> tuple[WriteSpec, CommitOptions]:
         """A new run: a sink that has written may write again."""
         target = resolve_target(self._ref, self._given)
-        ledger = JobRef(target.table, self._commit.operation_id, target.base_version)
+        bases = tuple(str(base.path) for base in self._given.initial_bases or ())
+        ledger = JobRef(target.table, self._commit.operation_id, target.base_version, bases=bases)
         spec = WriteSpec(target, self._given, files_schema(target, self._given), ledger, write_retry())
         return spec, dataclasses.replace(self._commit, job_id=ledger.job_id)
 

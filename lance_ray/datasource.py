@@ -579,7 +579,7 @@ def read_lance(
         offset=offset,
         fragment_ids=fragment_ids,
         with_row_id=with_row_id,
-        with_row_address=with_row_address or with_metadata,
+        with_row_address=True if with_metadata and with_row_address is False else with_row_address,
         with_fragment_id=with_metadata,
         blobs=default_blobs(scanner_options, "bytes") if blobs is None else blobs,
         blob_range=blob_range,

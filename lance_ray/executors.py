@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self, TypeVar
 import ray
 from ray import cloudpickle
 from ray import exceptions as ray_errors
+from ray.data import Dataset
 
 from lance_ray.errors import InvalidArgumentError, WorkerEnvironmentError, redact
 from lance_ray.memory import keep_freed_memory
@@ -49,15 +50,23 @@ def check_ray_options(args: Any, parameter: str = "ray_remote_args") -> None:
     Raises:
         InvalidArgumentError: an unknown option, or a bad value of one.
     """
-    if args is None or args == {}:
+    if args is None:
         return
     if not isinstance(args, Mapping):
         raise InvalidArgumentError(parameter, type(args).__name__, "must be a dict of options of ray.remote")
+    if not args:
+        return
     try:
         ray.remote(**args)(check_ray_options)  # which checks them, and needs no cluster for it
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         shown = sorted(map(str, args)) if parameter == "ray_remote_args" else args[parameter]
         raise InvalidArgumentError(parameter, shown, str(error)) from None
+
+
+def check_dataset(ds: Any) -> None:
+    """Refuse what is no Ray Dataset."""
+    if not isinstance(ds, Dataset):
+        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
 
 
 def check_sendable(parameter: str, query: Any) -> None:
@@ -73,12 +82,19 @@ def check_sendable(parameter: str, query: Any) -> None:
         raise InvalidArgumentError(parameter, type(query).__name__, f"cannot be sent to workers; {ways}") from error
 
 
-def checked_ray_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``ray_remote_args``. Raises InvalidArgumentError for what this package decides itself."""
+def checked_ray_args(args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of ``ray_remote_args``.
+
+    Raises:
+        InvalidArgumentError: an option is decided by this package, or is one that Ray refuses.
+    """
+    if args is None:
+        return {}
     if not isinstance(args, Mapping):
         raise InvalidArgumentError("ray_remote_args", type(args).__name__, "must be a dict of options of ray.remote")
     if taken := sorted(_OURS.intersection(args)):
         raise InvalidArgumentError("ray_remote_args", taken, "set by lance_ray; retries are RunOptions.retry")
+    check_ray_options(args)
     return dict(args)
 
 
@@ -235,7 +251,7 @@ class RayExecutor:
     """
 
     def __init__(self, ray_remote_args: Mapping[str, Any] | None = None, name: str | None = None) -> None:
-        self.ray_remote_args = checked_ray_args(ray_remote_args or {})
+        self.ray_remote_args = checked_ray_args(ray_remote_args)
         self.name = name
 
     def open(self, fn: Worker[Any, Any], shared: object) -> Session:
@@ -327,7 +343,7 @@ class ActorExecutor:
             raise InvalidArgumentError("size", size, "must be at least 1")
         self.size = size
         self.make_state = make_state
-        self.ray_remote_args = {"num_cpus": 1, **checked_ray_args(ray_remote_args or {})}
+        self.ray_remote_args = {"num_cpus": 1, **checked_ray_args(ray_remote_args)}
         self._idle: list[Any] = []
         self._shipped: tuple[object, Any] | None = None
 

@@ -358,8 +358,10 @@ def _fold_fragments(given: Any) -> tuple[int, ...] | None:
     if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
         raise InvalidArgumentError("fragment_ids", given, "must be a list of whole numbers")
     found = list(given)
-    if not found or any(isinstance(item, bool) or not hasattr(item, "__index__") or item < 0 for item in found):
-        raise InvalidArgumentError("fragment_ids", found, "must be whole numbers of at least 0, and at least one")
+    if not found:
+        raise InvalidArgumentError("fragment_ids", found, "must name at least one")
+    for item in found:
+        check_positive("fragment_ids", item, optional=False, zero=True)
     return tuple(sorted({int(item) for item in found}))
 
 
@@ -406,7 +408,7 @@ def fold_index_job(
     if decided:
         raise InvalidArgumentError(decided[0], "given", "belongs to the training, which train=False leaves for later")
     options = dataclasses.replace(options, replace=named.replace)
-    name = named.name or f"{named.column}_idx"
+    name = f"{named.column}_idx" if named.name is None else named.name
     return IndexJob(ref, name, named.column, named.kind, named.replace, named.train, options, parameters, vector)
 
 
@@ -491,6 +493,9 @@ def define(job: IndexJob, column: Column) -> IndexDef:
             raise InvalidArgumentError("num_sub_vectors", sub_vectors, f"must divide the dimension {column.dimension}")
     bits = int(job.parameters.get("num_bits") or 8)
     models = checked_models(vector, column.dimension, sub_vectors, bits, column.values)
+    accelerator = vector["accelerator"]
+    if accelerator is not None and str(accelerator).partition(":")[0] not in ("cuda", "mps"):
+        raise InvalidArgumentError("accelerator", accelerator, "must be 'cuda' or 'mps'")
     if models.centroids is not None and vector["num_partitions"] not in (None, len(models.centroids)):
         raise InvalidArgumentError(
             "num_partitions", vector["num_partitions"], f"there are {len(models.centroids)} ivf_centroids"
@@ -506,7 +511,7 @@ def define(job: IndexJob, column: Column) -> IndexDef:
         sub_vectors,
         models,
         vector["max_iters"],
-        vector["accelerator"],
+        accelerator,
         vector["sample_rate"],
     )
 

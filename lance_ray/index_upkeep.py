@@ -40,7 +40,7 @@ from lance_ray.index_build import (
 )
 from lance_ray.index_models import Models, stored_models
 from lance_ray.ledger import JobRef
-from lance_ray.options import CommitOptions, check_flag, check_positive
+from lance_ray.options import CommitOptions, check_flag, check_positive, check_text, strings
 from lance_ray.planning.indexes import SAMPLE_RATE, IndexKind, SegmentTask, latest, merge_groups
 from lance_ray.pools import executor_of, get_global_pool
 from lance_ray.progress import Reporter, check_progress
@@ -221,8 +221,11 @@ def optimize_indices(
     check_positive("num_indices_to_merge", num_indices_to_merge, zero=True)
     check_flag("retrain", retrain)
     merging = _Merging(num_indices_to_merge, num_segments, retrain)
-    chosen = [indices] if isinstance(indices, str) else indices
-    names = upkeep.names(None) if chosen is None else [upkeep.names(item)[0] for item in chosen]
+    names = known = upkeep.names(None)
+    if indices is not None:
+        names = list(strings("indices", [indices] if isinstance(indices, str) else indices))
+    if unknown := [name for name in names if name not in known]:
+        raise InvalidArgumentError("indices", unknown, f"must be indexes of the table: {known}")
     return upkeep.answer([_optimize(upkeep, name, merging) for name in names], return_report)
 
 
@@ -422,7 +425,7 @@ class _Upkeep:
         check_positive("num_segments", given["num_segments"])
         check_progress(given["progress"])
         check_flag("return_report", given["return_report"])
-        remote = checked_ray_args(given["ray_remote_args"] or {})
+        remote = checked_ray_args(given["ray_remote_args"])
         check_ray_options(remote)
         carried = fold_commit(given["commit_message"], given["transaction_properties"])
         options = BuildOptions(
@@ -455,6 +458,7 @@ def _is_ours(described: Any) -> bool:
 
 
 def _described(dataset: lance.LanceDataset, name: Any) -> Any:
+    check_text("name", name, optional=False)
     found = {item.name: item for item in described_indices(dataset) if not item.name.startswith(_INTERNAL)}
     if name not in found:
         raise InvalidArgumentError("name", name, f"must be an index of the table: {sorted(found)}")

@@ -92,6 +92,8 @@ class JobRef:
     since: int = 0
     """The version that the job started from: only later ones can hold its files."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    bases: tuple[str, ...] = ()
+    """Bases of files that this run's driver knows of beside those of the table: of a create, its initial ones."""
 
     def record(self, files: Iterable[WrittenPath], result: Mapping[str, Any] | None = None) -> None:
         """Note finished files (called by a worker before its task returns).
@@ -158,15 +160,17 @@ class JobRef:
             "process_start": _process_start(os.getpid()),
             "started": time.time(),
         }
-        store.write(self._header, header)
-        beat = _Heartbeat(store, f"{self._folder}/{_BEAT}")
-        _running[self.run] = beat
+        _running[self.run] = None  # before anybody can find it: a clean-up in another thread would take it for dead
         try:
-            if exclusive:
-                self._refuse_rivals()
-            yield
+            store.write(self._header, header)
+            beat = _running[self.run] = _Heartbeat(store, f"{self._folder}/{_BEAT}")
+            try:
+                if exclusive:
+                    self._refuse_rivals()
+                yield
+            finally:
+                beat.stop()
         finally:
-            beat.stop()
             _running.pop(self.run, None)
 
     def _refuse_rivals(self) -> None:
@@ -204,7 +208,7 @@ class JobRef:
             store = _Store(self.table)
             for name in found.job._entries(store):
                 entry = store.read(name) or {}
-                files = [WrittenPath(**item) for item in entry.get("files", ())]
+                files = self._files_of(entry.get("files", ()))
                 if entry.get("result") and all(_Store(self.table, file.base).contains(file.path) for file in files):
                     self.record(files, entry["result"])
                     store.delete(name)
@@ -221,7 +225,7 @@ class JobRef:
         for found in _runs(self.table, self.job_id):
             if found.job.run != self.run:
                 found.refuse_beside(self)
-                found.job.discard()
+                dataclasses.replace(found.job, bases=self.bases).discard()
 
     def close(self, committed: int) -> None:
         """End a job that committed: remove its ledger, and files that no version refers to.
@@ -250,11 +254,30 @@ class JobRef:
     def recorded(self) -> tuple[WrittenPath, ...]:
         """The files named in the entries."""
         store = _Store(self.table)
-        return tuple(
-            WrittenPath(item["name"], item.get("base"), item.get("folder", "data"))
-            for entry in _each(store.read, self._entries(store))
-            for item in (entry or {}).get("files", ())
+        entries = _each(store.read, self._entries(store))
+        return self._files_of([item for entry in entries for item in (entry or {}).get("files", ())])
+
+    def _files_of(self, items: Sequence[Mapping[str, Any]]) -> tuple[WrittenPath, ...]:
+        """Files named in entries. Whoever may write beside the table may write entries: none may lead elsewhere."""
+        files = tuple(
+            WrittenPath(str(item["name"]), item.get("base"), str(item.get("folder", "data"))) for item in items
         )
+        for file in files:
+            _check_name(file, self.table.uri)
+        bases = {file.base for file in files if file.base is not None}
+        if foreign := sorted(bases - self._known_bases()) if bases else []:
+            raise LanceRayError(
+                f"the ledger of {self.table.uri} names files in {foreign}, which are no bases of the table;"
+                " name them in base_store_params if they are those of a table that was never created"
+            )
+        return files
+
+    def _known_bases(self) -> set[str]:
+        known = {*self.bases, *(base for base, _ in self.table.ref.base_store_params)}
+        try:
+            return known | {str(base.path) for base in self.table.open_latest().base_paths().values()}
+        except TableNotFoundError:
+            return known
 
     def _entries(self, store: _Store) -> list[str]:
         return [name for name in store.list(self._folder) if not name.endswith((f"/{_HEADER}", f"/{_BEAT}"))]
@@ -297,8 +320,8 @@ class _Heartbeat:
         self._thread.join(timeout=HEARTBEAT_SECONDS)
 
 
-_running: dict[str, _Heartbeat] = {}
-"""The runs of this process."""
+_running: dict[str, _Heartbeat | None] = {}
+"""The runs of this process, from before their ledger can be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +483,11 @@ def _path_of(file: WrittenPath) -> str:
     return f"{file.base.rstrip('/') + '/' if file.base else ''}{file.path}"
 
 
+def _check_name(file: WrittenPath, uri: str) -> None:
+    if not file.is_segment and not (_DATA_FILE.fullmatch(file.name) and file.folder in ("data", "")):
+        raise LanceRayError(f"{file.path!r} in the ledger of {uri} names neither a data file nor a segment")
+
+
 def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
     """Delete data files by name, with the folder of blobs that belongs to each, and segments of indexes.
 
@@ -467,8 +495,7 @@ def delete_files(table: PinnedTable, files: Iterable[WrittenPath]) -> None:
     """
     by_base: dict[str | None, list[str]] = {}
     for file in files:
-        if not file.is_segment and not _DATA_FILE.fullmatch(file.name):
-            raise LanceRayError(f"{file.name!r} in the ledger of {table.uri} names neither a data file nor a segment")
+        _check_name(file, table.uri)
         by_base.setdefault(file.base, []).append(file.path)
     for base, paths in by_base.items():
         _each(_Store(table, base).delete_data, paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError, RowCoverageError, translate_errors
 from lance_ray.executors import LocalExecutor
 from lance_ray.nearest import fetch
-from lance_ray.options import ScanOptions
+from lance_ray.options import ScanOptions, check_choice
 from lance_ray.predicates import key_condition
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
@@ -110,8 +110,7 @@ def take(
         TableNotFoundError, VersionNotFoundError, StorageError: as for ``read_lance``.
     """
     lookup, names = _fold(indices, row_ids, keys, on)
-    if missing not in ("error", "null", "skip"):
-        raise InvalidArgumentError("missing", missing, "must be 'error', 'null' or 'skip'")
+    check_choice("missing", missing, ("error", "null", "skip"))
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
     address = address_of(locals())
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
@@ -133,7 +132,7 @@ def _fold(indices: Any, row_ids: Any, keys: Any, on: str | None) -> tuple[Lookup
     value = given[kind]
     array = value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
     if not isinstance(array, pa.Array):
-        array = pa.array(array)
+        array = _array_of(kind, array)
     if kind != "keys":
         if (len(array) and not pa.types.is_integer(array.type)) or array.null_count:
             raise InvalidArgumentError(kind, str(array.type), "must be whole numbers")
@@ -142,6 +141,15 @@ def _fold(indices: Any, row_ids: Any, keys: Any, on: str | None) -> tuple[Lookup
             raise InvalidArgumentError(kind, array.filter(negative)[:_EXAMPLES].to_pylist(), "must be at least 0")
         array = array.cast(pa.uint64())
     return Lookup(kind, on), array
+
+
+def _array_of(parameter: str, values: Any) -> pa.Array:
+    try:
+        if not isinstance(values, (str, bytes, Mapping)):
+            return pa.array(values)
+    except (TypeError, ValueError, OverflowError) as error:  # Arrow's own errors are of these types
+        raise InvalidArgumentError(parameter, values, f"must be a list or an array of one type: {error}") from error
+    raise InvalidArgumentError(parameter, values, "must be a list or an array")
 
 
 def _typed_keys(dataset: lance.LanceDataset, on: str, keys: pa.Array) -> pa.Array:

@@ -12,8 +12,8 @@ from lance_ray import catalog
 from lance_ray.arrow import unify
 from lance_ray.catalog import CatalogClient, LanceRestConfig, NamespaceRef
 from lance_ray.errors import InvalidArgumentError, TableNotFoundError
-from lance_ray.options import CommitOptions, WriteOptions, pairs
-from lance_ray.table import TableRef
+from lance_ray.options import CommitOptions, WriteOptions, check_flag, check_schema, check_text, pairs, strings
+from lance_ray.table import TableRef, check_rest_config, fold_table_id
 from lance_ray.writing import WriteJob, WriteReport, write_here
 
 
@@ -63,6 +63,8 @@ def connect(
     """
     if (namespace_impl is None) == (rest_config is None):
         raise InvalidArgumentError("namespace_impl", namespace_impl, "give either namespace_impl or rest_config")
+    if rest_config is not None:
+        check_rest_config(rest_config)
     ref = (
         rest_config.namespace() if rest_config is not None else NamespaceRef.fold(namespace_impl, namespace_properties)
     )
@@ -144,6 +146,7 @@ def create_table(
 
 
 def _tables(data: Any, schema: pa.Schema | None) -> list[Any]:
+    check_schema("schema", schema)
     if data is None and schema is None:
         raise InvalidArgumentError("schema", None, "give data, a schema, or both")
     if data is None:
@@ -184,9 +187,10 @@ def register_table(
 
     After an error the catalog is as it was. Of several callers with the same name, one succeeds.
     """
+    check_text("location", location, optional=False)
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
-    name = _table_id(table_id)
-    catalog.register(client.ref, name, str(location))
+    name = fold_table_id(table_id)
+    catalog.register(client.ref, name, location)
     return _described(TableRef.fold(None, {"namespace_impl": client, "table_id": name}))
 
 
@@ -211,8 +215,9 @@ def list_tables(
     Raises:
         StorageError: the catalog did not answer, refused, or has no such namespace.
     """
+    parts = strings("namespace_id", (namespace_id,) if isinstance(namespace_id, str) else namespace_id)
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
-    return catalog.list_tables(client.ref, (namespace_id,) if isinstance(namespace_id, str) else tuple(namespace_id))
+    return catalog.list_tables(client.ref, parts)
 
 
 def describe_table(
@@ -305,15 +310,9 @@ def drop_table(
     the table meanwhile fail.
     """
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
+    check_flag("keep_files", keep_files)
     remove = catalog.deregister if keep_files else catalog.drop
-    remove(client.ref, _table_id(table_id))
-
-
-def _table_id(given: Any) -> tuple[str, ...]:
-    parts = (given,) if isinstance(given, str) else tuple(given)
-    if not parts or not all(isinstance(part, str) and part for part in parts):
-        raise InvalidArgumentError("table_id", given, "must be a non-empty list of names")
-    return parts
+    remove(client.ref, fold_table_id(table_id))
 
 
 def create_lance_table_rest(
@@ -334,8 +333,8 @@ def create_lance_table_rest(
         LanceRayError: as :func:`create_table`. What is said of failures and of others there holds here, too: a table
             that exists is as it was.
     """
-    ref = rest_config.namespace()
-    return create_table(namespace_impl=ref, table_id=_in(namespace, table_name), schema=schema)
+    check_rest_config(rest_config)
+    return create_table(namespace_impl=rest_config.namespace(), table_id=_in(namespace, table_name), schema=schema)
 
 
 def register_lance_table_rest(
@@ -355,9 +354,12 @@ def register_lance_table_rest(
     Raises:
         LanceRayError: as :func:`register_table`. The catalog is as it was, also where others took the name first.
     """
+    check_rest_config(rest_config)
+    check_text("table_uri", table_uri, optional=False)
     return register_table(table_uri, table_id=_in(namespace, table_name), rest_config=rest_config)
 
 
 def _in(namespace: str | Sequence[str], name: str) -> tuple[str, ...]:
-    parents = tuple(part for part in namespace.split("/") if part) if isinstance(namespace, str) else tuple(namespace)
-    return _table_id((*parents, name))
+    given = [part for part in namespace.split("/") if part] if isinstance(namespace, str) else namespace
+    check_text("table_name", name, optional=False)
+    return fold_table_id((*strings("namespace", given), name))

@@ -15,10 +15,10 @@ from ray.data import Dataset, TaskPoolStrategy
 from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_sendable, checked_ray_args
+from lance_ray.executors import check_dataset, check_sendable, checked_ray_args
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
-from lance_ray.options import ScanOptions, check_positive
+from lance_ray.options import ScanOptions, check_flag, check_mapping, check_positive, check_text
 from lance_ray.preflight import check_cluster
 from lance_ray.read import ReadSpec
 from lance_ray.search import SearchWorkers, choose_index, ranked_spec, scanner_options_of, search_rows
@@ -38,6 +38,12 @@ class JoinSpec:
     output: str
     explode: bool
     prefix: str
+
+    def __post_init__(self) -> None:
+        check_text("on", self.on, optional=False)
+        check_text("output", self.output, optional=False)
+        check_flag("explode", self.explode)
+        check_text("prefix", self.prefix or None)
 
     @property
     def neighbours(self) -> pa.Schema:
@@ -135,6 +141,9 @@ def nearest_join(
     check_positive("k", k, optional=False)
     check_positive("batch_size", batch_size)
     check_positive("concurrency", concurrency)
+    check_mapping("nearest", nearest)
+    check_flag("fast_search", fast_search)
+    remote_args = checked_ray_args(ray_remote_args)
     if given := sorted({"column", "q", "k"} & set(nearest or ())):
         raise InvalidArgumentError("nearest", given, "are keywords of nearest_join")
     address = {
@@ -148,6 +157,7 @@ def nearest_join(
     }
     check_sendable("filter", filter)
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
+    check_text("column", column, optional=False)
     dimension = _dimension(table, column)
     names = columns if columns is not None else [name for name in table.open().schema.names if name != column]
     asked = {**(nearest or {}), "column": column, "q": np.zeros(dimension, np.float32), "k": k}
@@ -157,6 +167,7 @@ def nearest_join(
     scan_options = ScanOptions.fold(given_options, columns=names, filter=filter, with_row_id=with_row_id)
     spec = ranked_spec(dataclasses.replace(table.ref, version=table.version, asof=None), scan_options)
     join = JoinSpec(spec, on, output, explode, prefix)
+    check_dataset(ds)
     _check_names(ds, join)
     if not ray.is_initialized():
         ray.init()
@@ -169,7 +180,7 @@ def nearest_join(
         batch_format="pyarrow",
         batch_size=batch_size or (_FLAT_QUERIES if index is None else _INDEX_QUERIES),
         compute=TaskPoolStrategy(size=concurrency),
-        **{"num_cpus": 1, **checked_ray_args(ray_remote_args or {})},
+        **{"num_cpus": 1, **remote_args},
     )
     return joined
 

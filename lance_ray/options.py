@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import inspect
 import itertools
+import operator
 import random
 import re
 import uuid
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from lance.dataset import ScannerBuilder
+from lance.query import FullTextQuery
 
 from lance_ray.errors import InvalidArgumentError
 
@@ -60,8 +62,14 @@ def check_positive(parameter: str, value: Any, *, optional: bool = True, zero: b
     if value is None and optional:
         return
     low = 0 if zero else 1
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # also of an array, which has the method and no such value
+        number = None
+    if number is None or number < low:
         raise InvalidArgumentError(parameter, value, f"must be a whole number of at least {low}")
+    if number >= 2**63:
+        raise InvalidArgumentError(parameter, value, "is too big: the engine's numbers end below 2**63")
 
 
 def check_seconds(parameter: str, value: Any, *, optional: bool = True) -> None:
@@ -70,6 +78,12 @@ def check_seconds(parameter: str, value: Any, *, optional: bool = True) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise InvalidArgumentError(parameter, value, "must be more than 0 seconds")
+
+
+def check_choice(parameter: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse what is none of a few words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidArgumentError(parameter, value, f"must be one of {sorted(allowed)}")
 
 
 def check_flag(parameter: str, value: Any) -> None:
@@ -84,8 +98,32 @@ def check_mapping(parameter: str, value: Any) -> None:
         raise InvalidArgumentError(parameter, type(value).__name__, "must be a mapping of options")
 
 
-def _strings(parameter: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+def check_schema(parameter: str, value: Any) -> None:
+    """Refuse what is no schema; None is none given."""
+    if value is not None and not isinstance(value, pa.Schema):
+        raise InvalidArgumentError(parameter, type(value).__name__, "must be a pyarrow.Schema")
+
+
+def check_text(parameter: str, value: Any, *, optional: bool = True) -> None:
+    """Refuse what is no text, or says nothing."""
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidArgumentError(parameter, value, "must be text that is not empty")
+
+
+def check_version(parameter: str, value: Any) -> None:
+    """Refuse what is neither a number of a version nor a tag; None is the newest."""
+    if isinstance(value, str) and not value:
+        raise InvalidArgumentError(parameter, value, "must be a number or the name of a tag")
+    if value is not None and not isinstance(value, str):
+        check_positive(parameter, value)
+
+
+def strings(parameter: str, value: Any) -> tuple[str, ...]:
+    """A list of names as a tuple. Refuses a text, which would be taken for its letters."""
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not listed or not all(isinstance(item, str) for item in value):
         raise InvalidArgumentError(parameter, value, "must be a list of strings")
     return tuple(value)
 
@@ -189,8 +227,10 @@ class ScanOptions:
             check_positive(name, self.scanner.get(name))
         check_flag("with_row_id", self.with_row_id)
         check_flag("with_row_address", self.with_row_address)
-        if self.filter is not None and not self.has_condition and not self.is_search:
+        queries = (Mapping, FullTextQuery) if self.is_search else ()
+        if self.filter is not None and not self.has_condition and not isinstance(self.filter, queries):
             raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
+        _check_text_query(self.scanner.get("full_text_query"))
         if isinstance(self.filter, str) and not self.filter.strip():
             raise InvalidArgumentError("filter", self.filter, "must not be empty; leave it out to read every row")
         self._check_blobs()
@@ -264,6 +304,14 @@ def _fold_blobs(merged: dict[str, Any], rest: dict[str, Any]) -> None:
             rest["blob_handling"] = "all_binary"
 
 
+def _check_text_query(query: Any) -> None:
+    if query is None or isinstance(query, (Mapping, FullTextQuery)) or callable(query):
+        return
+    if not isinstance(query, str) or not query.strip():
+        allowed = "must be text that is not empty, a query of lance.query, what makes one, or a dict"
+        raise InvalidArgumentError("full_text_query", query, allowed)
+
+
 _NEAREST_KEYS = frozenset(inspect.signature(ScannerBuilder.nearest).parameters) - {"self"}
 
 
@@ -271,7 +319,7 @@ def _fold_nearest(nearest: Mapping[str, Any]) -> dict[str, Any]:
     missing, unknown = {"column", "q"} - set(nearest), set(nearest) - _NEAREST_KEYS
     if missing or unknown:
         allowed = f"needs 'column' and 'q', and may have {sorted(_NEAREST_KEYS - {'column', 'q'})}"
-        raise InvalidArgumentError("nearest", sorted(unknown) or sorted(nearest), allowed)
+        raise InvalidArgumentError("nearest", sorted(unknown or nearest, key=str), allowed)
     check_positive("nearest['k']", nearest.get("k"))
     query = nearest["q"]
     if isinstance(query, (pa.Array, pa.ChunkedArray)) and pa.types.is_nested(query.type):
@@ -330,7 +378,7 @@ def _fold_expressions(columns: Mapping[str, str]) -> Pairs:
 
 
 def _fold_columns(columns: Any) -> tuple[str, ...]:
-    names = _strings("columns", columns)
+    names = strings("columns", columns)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InvalidArgumentError("columns", repeated, "each column may be named once")
@@ -418,8 +466,7 @@ class WriteOptions:
             )
         check_flag("enable_stable_row_ids", self.enable_stable_row_ids)
         check_flag("allow_external_blob_outside_bases", self.allow_external_blob_outside_bases)
-        if self.external_blob_mode not in ("reference", "ingest"):
-            raise InvalidArgumentError("external_blob_mode", self.external_blob_mode, "must be 'reference' or 'ingest'")
+        check_choice("external_blob_mode", self.external_blob_mode, ("reference", "ingest"))
         if self.allow_external_blob_outside_bases and self.external_blob_mode == "ingest":
             raise InvalidArgumentError(
                 "allow_external_blob_outside_bases", True, "needs external_blob_mode='reference'"
@@ -430,7 +477,7 @@ class WriteOptions:
 
     def _fold_bases(self) -> None:
         if self.target_bases is not None:
-            object.__setattr__(self, "target_bases", _strings("target_bases", self.target_bases) or None)
+            object.__setattr__(self, "target_bases", strings("target_bases", self.target_bases) or None)
         given = self.initial_bases
         if given is None:
             return
@@ -512,10 +559,7 @@ def fold_version(version: Any, asof: Any, branch: Any) -> tuple[int | str | None
     """``version``, ``asof`` and ``branch`` checked; a time comes back aware (naive means local)."""
     if version is not None and asof is not None:
         raise InvalidArgumentError("asof", asof, f"cannot be combined with version={version!r}")
-    if version == "":
-        raise InvalidArgumentError("version", version, "must be a number or the name of a tag")
-    if version is not None and not isinstance(version, str):
-        check_positive("version", version)
+    check_version("version", version)
     if branch is not None and not (isinstance(branch, str) and branch):
         raise InvalidArgumentError("branch", branch, "must be the name of a branch")
     return version, None if asof is None else _fold_time(asof), branch

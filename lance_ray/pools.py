@@ -16,7 +16,7 @@ import ray
 
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import ActorExecutor, Executor, PoolExecutor, checked_ray_args
-from lance_ray.options import check_positive
+from lance_ray.options import check_flag, check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class WarmWorkers:
     def __init__(self, processes: int | None = None, ray_remote_args: Mapping[str, Any] | None = None) -> None:
         check_positive("processes", processes)
         self._processes = processes
-        self._args = checked_ray_args(ray_remote_args or {})
+        self._args = checked_ray_args(ray_remote_args)
         self._executor: ActorExecutor | None = None
         self._closed = False
 
@@ -136,6 +136,8 @@ def clear_global_pool(*, close: bool = False, join: bool = True) -> None:
         join: wait until its workers have ended, when it is closed.
     """
     global _global_pool
+    check_flag("close", close)
+    check_flag("join", join)
     with _lock:
         pool, _global_pool = _global_pool, None
     if close and pool is not None:

@@ -7,6 +7,7 @@ the pinned version alone, so any process can run any task again.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from lance.dataset import serialize_row_addrs
 
-from lance_ray.arrow import row_width
+from lance_ray.arrow import pickled_columns, row_width
 from lance_ray.blobs import BlobColumn, blob_columns, filled, has_blobs, shown
 from lance_ray.errors import InvalidArgumentError, tidy, translate_errors
 from lance_ray.options import ScanOptions, as_matrix
@@ -188,6 +189,7 @@ def table_schema(table: PinnedTable, scan: ScanOptions) -> pa.Schema:
         schema = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
         if ranking:
             dataset.scanner(**{**kwargs, "with_row_id": True, "fragments": fragments}).explain_plan()
+    _refuse_pickled(schema)
     if spec.wants(FRAGMENT_ID, asked=scan.with_fragment_id):
         hidden = set() if spec.wants(ROW_ADDRESS, asked=scan.with_row_address) else {ROW_ADDRESS}
         fields = [item for item in schema if item.name not in hidden]
@@ -203,6 +205,17 @@ def blobs_of(table: PinnedTable, scan: ScanOptions) -> tuple[BlobColumn, ...]:
     kwargs = ReadSpec(table, scan, pa.schema([])).scanner_kwargs(dataset)
     described = dataset.scanner(**{**kwargs, "filter": None, "order_by": None}).projected_schema
     return blob_columns(dataset, described, scan)
+
+
+_TRUST = "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR"
+"""Ray's own switch for all of its readers."""
+
+
+def _refuse_pickled(schema: pa.Schema) -> None:
+    found = pickled_columns(schema)
+    if found and os.environ.get(_TRUST, "").lower() not in ("1", "true"):
+        why = "hold pickled Python objects, which run code of whoever wrote them; choose others, or trust it by"
+        raise InvalidArgumentError("columns", found, f"{why} the environment variable {_TRUST}=1")
 
 
 def _with_few_queries(scan: ScanOptions) -> ScanOptions:

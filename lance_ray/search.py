@@ -36,11 +36,11 @@ from lance_ray.nearest import (
     vector_indices,
     vector_type,
 )
-from lance_ray.options import OpenOptions, ScanOptions, as_matrix, check_positive
+from lance_ray.options import OpenOptions, ScanOptions, as_matrix, check_flag, check_positive, check_text
 from lance_ray.planning.search import SHARD_BYTES, SHARD_QUERIES, Found, Shard, Sharing, nearest_of, plan_search, within
 from lance_ray.pools import executor_of, get_global_pool
 from lance_ray.preflight import check_cluster
-from lance_ray.progress import Reporter
+from lance_ray.progress import Reporter, check_progress
 from lance_ray.read import FRAGMENT_ID, ROW_ADDRESS, ReadSpec, ReadTaskRows, finish, scan, table_schema
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.table import TableRef, address_of
@@ -87,12 +87,14 @@ class SearchWorkers:
     ) -> SearchWorkers:
         """The workers, checked."""
         check_positive("num_workers", num_workers)
+        check_progress(progress)
+        args = checked_ray_args(ray_remote_args)
         pool = get_global_pool() if pool is None else pool
         if pool is not None:
             executor_of(pool, check=True)
-            if ray_remote_args:
-                raise InvalidArgumentError("ray_remote_args", sorted(ray_remote_args), "the pool has its own")
-        return cls(num_workers, checked_ray_args(ray_remote_args or {}), pool, progress)
+            if args:
+                raise InvalidArgumentError("ray_remote_args", sorted(args), "the pool has its own")
+        return cls(num_workers, args, pool, progress)
 
     @property
     def asked(self) -> bool:
@@ -352,7 +354,13 @@ def vector_search(
         TableNotFoundError, VersionNotFoundError, StorageError, WorkerEnvironmentError: as for ``read_lance``.
         TaskFailedError: a shard failed for good.
     """
+    if nearest is None:
+        raise InvalidArgumentError("nearest", None, "must be a dict with 'column' and 'q', or a query of lance.query")
     options = scanner_options_of(scanner_options, nearest=nearest, prefilter=prefilter)
+    check_text("index_name", index_name)
+    check_flag("analyze_plan", analyze_plan)
+    check_flag("include_unindexed", include_unindexed)
+    check_flag("fast_search", fast_search)
     if fast_search:
         options["fast_search"] = True
     if not isinstance(oversample_factor, (int, float)) or not oversample_factor >= 1:

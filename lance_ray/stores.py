@@ -275,6 +275,12 @@ def storage_options_of(given: Any, uri: str, parameter: str = "storage_options")
     return pairs(with_bucket(found, bucket), parameter)
 
 
+def check_form(given: Any, parameter: str) -> None:
+    """Refuse what :func:`storage_options_of` will not take for any table, where that is not known yet."""
+    if given is not None and not isinstance(given, (Mapping, IOConfig)):
+        _from_object(given, parameter)
+
+
 def _place(uri: str) -> tuple[str, str, str]:
     """Scheme, kind of store and bucket of a URI; kind and bucket are empty for what the table does not cover."""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", uri):

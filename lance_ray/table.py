@@ -34,8 +34,8 @@ from lance_ray.errors import (
     redact,
     translate_errors,
 )
-from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs
-from lance_ray.stores import storage_options_of
+from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs, strings
+from lance_ray.stores import check_form, storage_options_of
 
 BaseParams = tuple[tuple[str, Pairs], ...]
 
@@ -216,10 +216,19 @@ def _fold_namespace(uri: Any, address: dict[str, Any]) -> tuple[NamespaceRef | N
         return None, ()
     if impl is None or table_id is None:
         raise InvalidArgumentError("uri", None, "give either uri, or namespace_impl and table_id")
-    parts = (table_id,) if isinstance(table_id, str) else tuple(table_id)
-    if not parts or not all(isinstance(part, str) and part for part in parts):
-        raise InvalidArgumentError("table_id", table_id, "must be a non-empty list of names")
-    return NamespaceRef.fold(impl, address.get("namespace_properties")), parts
+    return NamespaceRef.fold(impl, address.get("namespace_properties")), fold_table_id(table_id)
+
+
+def fold_table_id(given: Any) -> tuple[str, ...]:
+    """The name of a table in a namespace, as its parts.
+
+    Raises:
+        InvalidArgumentError: it is no name, or an empty one.
+    """
+    parts = strings("table_id", (given,) if isinstance(given, str) else given)
+    if not parts or not all(parts):
+        raise InvalidArgumentError("table_id", given, "must be a non-empty list of names")
+    return parts
 
 
 _ADDRESS = (
@@ -241,9 +250,14 @@ def address_of(given: Mapping[str, Any]) -> dict[str, Any]:
 _REST = "rest://"
 
 
-def _fold_rest(uri: str, config: Any, given: set[str]) -> tuple[NamespaceRef, tuple[str, ...]]:
+def check_rest_config(config: Any, why: str = "must be a LanceRestConfig") -> None:
+    """Refuse what does not say where a REST server is."""
     if not isinstance(config, LanceRestConfig):
-        raise InvalidArgumentError("rest_config", type(config).__name__, f"must be a LanceRestConfig, for {uri}")
+        raise InvalidArgumentError("rest_config", type(config).__name__, why)
+
+
+def _fold_rest(uri: str, config: Any, given: set[str]) -> tuple[NamespaceRef, tuple[str, ...]]:
+    check_rest_config(config, f"must be a LanceRestConfig, for {uri}")
     if given:
         raise InvalidArgumentError("uri", uri, f"cannot be combined with {sorted(given)}")
     path = uri.removeprefix(_REST)
@@ -257,11 +271,14 @@ def _fold_store(address: dict[str, Any]) -> tuple[Any, str]:
     given = {name: address[name] for name in ("storage_options", "io_config") if address.get(name) is not None}
     if len(given) > 1:
         raise InvalidArgumentError("io_config", "...", "cannot be combined with storage_options")
-    return next(((value, name) for name, value in given.items()), (None, "storage_options"))
+    name, value = next(iter(given.items()), ("storage_options", None))
+    check_form(value, name)
+    return value, name
 
 
 def _fold_bases(given: Any) -> BaseParams:
-    nested_pairs({} if isinstance(given, Mapping) else given, "base_store_params")  # refuses what is no mapping
+    # Refuses what is no mapping of base URIs; what each maps to may have any form.
+    nested_pairs({base: {} for base in given} if isinstance(given, Mapping) else given, "base_store_params")
     named = {base: storage_options_of(inner, str(base), "base_store_params") for base, inner in (given or {}).items()}
     return tuple(sorted((base, options or ()) for base, options in named.items()))
 

@@ -15,7 +15,7 @@ from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import LocalExecutor, check_sendable
 from lance_ray.nearest import DISTANCE, QUERY_INDEX, fetch
-from lance_ray.options import ScanOptions, check_positive
+from lance_ray.options import ScanOptions, check_flag, check_positive, strings
 from lance_ray.planning.search import fused
 from lance_ray.progress import Reporter
 from lance_ray.read import ROW_ID, ReadSpec, finish
@@ -108,6 +108,7 @@ def full_text_search(
         TaskFailedError: a query failed for good.
     """
     many = isinstance(query, (list, tuple))
+    check_flag("fast_search", fast_search)
     texts = tuple(_text_query(item, text_columns) for item in (query if many else [query]))
     if not texts:
         raise InvalidArgumentError("query", query, "must name at least one query")
@@ -125,15 +126,18 @@ def full_text_search(
     return _many(spec, texts, workers, batch=many)
 
 
-def _text_query(query: Any, columns: str | Sequence[str] | None) -> Any:
+def _text_query(query: Any, columns: str | Sequence[str] | None, parameter: str = "query") -> Any:
     """What the engine is asked: the query itself, or the text in the columns. A call of the result makes the query."""
     if columns is not None and not isinstance(query, str):
         raise InvalidArgumentError("text_columns", columns, "goes with a text; a query object names its own")
     if isinstance(query, str) and query.strip():
-        return query if columns is None else _In(query, (columns,) if isinstance(columns, str) else tuple(columns))
+        names = (
+            None if columns is None else strings("text_columns", (columns,) if isinstance(columns, str) else columns)
+        )
+        return query if names is None else _In(query, names)
     if isinstance(query, (FullTextQuery, Mapping)) or callable(query):
         return query
-    raise InvalidArgumentError("query", query, "must be text that is not empty, a query of lance.query, or a dict")
+    raise InvalidArgumentError(parameter, query, "must be text that is not empty, a query of lance.query, or a dict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,9 @@ class _In:
 
     text: str
     columns: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.text!r} with text_columns={list(self.columns)}"  # as the caller gave it, for messages
 
     def __call__(self) -> FullTextQuery:
         if len(self.columns) == 1:
@@ -278,7 +285,9 @@ def hybrid_search(
     ref = TableRef.fold(uri, address, version=version, asof=asof, branch=branch)
     if not isinstance(nearest, Mapping):
         raise InvalidArgumentError("nearest", nearest, "must be a dict with 'column' and 'q'")
-    text = _text_query(full_text_query, text_columns)
+    check_positive("nearest['k']", nearest.get("k"))
+    check_flag("fast_search", fast_search)
+    text = _text_query(full_text_query, text_columns, "full_text_query")
     if workers.asked:
         check_sendable("full_text_query", text)
     shared = scanner_options_of(None, prefilter=prefilter, fast_search=fast_search or None)

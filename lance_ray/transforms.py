@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lance.udf import BatchUDF
 from lance_ray.arrow import align, to_arrow, unify
 from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
 from lance_ray.fingerprints import fingerprint
+from lance_ray.options import check_choice, check_mapping, check_schema, check_text
 
 BatchFormat = Literal["pyarrow", "pandas", "numpy"]
 _FORMATS = ("pyarrow", "pandas", "numpy")
@@ -107,21 +108,23 @@ def fold_transform(
     Raises:
         InvalidArgumentError: it is none of what a transform may be.
     """
-    if batch_format not in _FORMATS:
-        raise InvalidArgumentError("batch_format", batch_format, f"must be one of {_FORMATS}")
+    check_choice("batch_format", batch_format, _FORMATS)
     if (schema := _as_schema(transform)) is not None:
         return schema
+    check_schema("output_schema", output_schema)
+    check_text("transform_version", version)
     keeps_input = isinstance(transform, Appending)
     if isinstance(transform, Appending):
         transform = transform.transform
-    arguments = (tuple(setup[0] or ()), tuple(sorted((setup[1] or {}).items())))
+    arguments = _fold_setup(*setup)
     if isinstance(transform, BatchUDF):
         if transform.cache is not None:
             raise InvalidArgumentError("transform", "batch_udf(checkpoint_file=...)", "use job_id=, which resumes")
         output_schema = output_schema or transform.output_schema
         transform = transform.func
-    if arguments != ((), ()) and not inspect.isclass(transform):
-        raise InvalidArgumentError("fn_constructor_args", arguments, "is for a class only")
+    for name, given in zip(("fn_constructor_args", "fn_constructor_kwargs"), arguments, strict=True):
+        if given and not inspect.isclass(transform):
+            raise InvalidArgumentError(name, given, "is for a class only")
     if isinstance(transform, Mapping):
         return Transform(_as_sql(transform), schema=output_schema, version=version)
     if not callable(transform):
@@ -129,6 +132,15 @@ def fold_transform(
             "transform", transform, "must be a dict of SQL expressions, a function, a class, a field or a schema"
         )
     return Transform((), transform, batch_format, output_schema, keeps_input, arguments, version)
+
+
+def _fold_setup(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    if args is not None and (isinstance(args, (str, bytes)) or not isinstance(args, Sequence)):
+        raise InvalidArgumentError("fn_constructor_args", args, "must be a list of arguments")
+    check_mapping("fn_constructor_kwargs", kwargs)
+    if unnamed := [name for name in kwargs or () if not isinstance(name, str)]:
+        raise InvalidArgumentError("fn_constructor_kwargs", unnamed, "must be names")
+    return tuple(args or ()), tuple(sorted((kwargs or {}).items()))
 
 
 def _as_schema(transform: Any) -> pa.Schema | None:

@@ -28,7 +28,7 @@ from lance_ray.errors import (
     translate_errors,
     unwrap,
 )
-from lance_ray.executors import check_ray_options
+from lance_ray.executors import check_dataset, check_ray_options
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
 from lance_ray.table import PinnedTable, TableRef, WriteTarget
@@ -214,8 +214,7 @@ def write_lance(
     check_positive("resume_rows", resume_rows, optional=False, zero=True)
     check_flag("stream", stream)
     check_ray_options(ray_remote_args)
-    if not isinstance(ds, Dataset):
-        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
+    check_dataset(ds)
     if not stream and (resume_rows or batch_size is not None):
         raise InvalidArgumentError(
             "resume_rows" if resume_rows else "batch_size", resume_rows or batch_size, "needs stream=True"
@@ -297,15 +296,20 @@ def _run(job: WriteJob, write: _Write) -> WriteReport:
 
 
 def _spec_of(job: WriteJob, target: WriteTarget) -> WriteSpec:
-    ledger = JobRef(target.table, job.commit.operation_id, target.base_version)
+    ledger = _ledger(job, target.table, target.base_version)
     return WriteSpec(target, job.options, files_schema(target, job.options), ledger, write_retry())
+
+
+def _ledger(job: WriteJob, table: PinnedTable, since: int = 0) -> JobRef:
+    bases = tuple(str(base.path) for base in job.options.initial_bases or ())
+    return JobRef(table, job.commit.operation_id, since, bases=bases)
 
 
 def _earlier_run(job: WriteJob) -> PinnedTable | None:
     """The table at the version that an earlier run of the job made; else None, with what that run left removed."""
     try:
         table = job.ref.unpinned()
-        ledger = JobRef(table, job.commit.operation_id)
+        ledger = _ledger(job, table)
         ledger.end_earlier_runs()  # before the look at the table: what is over by now shows there
         newest = table.open_latest()
     except TableNotFoundError:

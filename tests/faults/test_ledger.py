@@ -211,6 +211,54 @@ def test_a_name_that_is_not_one_of_a_segment_is_refused(on_disk: Place, item: Wr
     assert on_disk.ids() == list(range(5))
 
 
+HEX = f"{7:032x}.lance"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": HEX, "folder": "../neighbour/data"},
+        {"name": HEX, "folder": "../../neighbour/data"},
+        {"name": HEX, "folder": "/tmp"},
+        {"name": HEX, "folder": "_versions"},
+        {"name": HEX, "folder": "", "base": "NEIGHBOUR/data"},
+        {"name": HEX, "base": "NEIGHBOUR"},
+        {"name": HEX, "base": "s3://elsewhere/table"},
+        {"name": "a1b2c3d4-0000-0000-0000-00000000000a", "folder": "_indices/../../neighbour"},
+        {"name": "../neighbour", "folder": "_indices"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_entry_that_leads_out_of_the_table_deletes_nothing(
+    on_disk: Place, tmp_path: Path, entry: dict[str, str], dry_run: bool
+):
+    neighbour = Place(str(tmp_path / "neighbour"))
+    for place in (on_disk, neighbour):
+        place.write(rows(0, 5))
+    neighbour.put_data_file(7)
+    job = abandoned(on_disk)
+    told = {key: value.replace("NEIGHBOUR", neighbour.uri) for key, value in entry.items()}
+    (header_of(on_disk, job).parent / "forged.json").write_text(json.dumps({"files": [told]}))
+    before = neighbour.files() | {f"own {name}" for name in on_disk.files() if not name.startswith(FOLDER)}
+    with pytest.raises(LanceRayError, match="ledger of"):
+        cleanup_orphans(**on_disk.to, dry_run=dry_run)
+    assert neighbour.files() | {f"own {name}" for name in on_disk.files() if not name.startswith(FOLDER)} == before
+
+
+def test_files_of_a_dead_create_in_a_further_base_go_when_the_caller_names_the_base(on_disk: Place, tmp_path: Path):
+    base = Place(str(tmp_path / "base"))
+    base.put_data_file(7)
+    job = on_disk.job()
+    with job.running("write"):
+        job.record([WrittenPath(HEX, base.uri)])
+    with pytest.raises(LanceRayError, match="base_store_params"):
+        cleanup_orphans(**on_disk.to)
+    assert len(base.files()) == 1
+    assert len(cleanup_orphans(**on_disk.to, base_store_params={base.uri: {}}).files) == 1
+    assert base.files() == set()
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -447,3 +495,19 @@ def test_of_runs_of_one_job_that_start_together_at_most_one_goes_on(on_disk: Pla
         with ThreadPoolExecutor(len(jobs)) as drivers:
             assert sum(drivers.map(start, jobs)) <= 1
         assert on_disk.files() == set()
+
+
+def test_a_clean_up_that_meets_a_job_of_this_process_as_it_begins_lets_it_be(on_disk: Place, monkeypatch):
+    write, reports = ledger._Store.write, []
+
+    def written(store: Any, name: str, *args: Any) -> None:
+        write(store, name, *args)
+        reports.append(cleanup_orphans(**on_disk.to))
+
+    monkeypatch.setattr(ledger._Store, "write", written)
+    on_disk.write(rows(0, 1))
+    job = on_disk.job()
+    with job.running("write"):
+        assert job.is_open()
+        assert [item.state for item in reports[0].jobs] == ["running"]
+    job.discard()

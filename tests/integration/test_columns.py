@@ -740,7 +740,7 @@ def test_what_no_column_holds_is_refused(uri: str, transform: Any, error: type[E
         ({"transform": plus_one, "concurrency": 0}, "concurrency"),
         ({"transform": plus_one, "fn_constructor_args": [1]}, "fn_constructor_args"),
         ({"transform": {"new": "id"}, "read_columns": ["id"]}, "read_columns"),
-        ({"transform": {"new": "id"}, "fn_constructor_kwargs": {"a": 1}}, "fn_constructor_args"),
+        ({"transform": {"new": "id"}, "fn_constructor_kwargs": {"a": 1}}, "fn_constructor_kwargs"),
         ({"transform": pa.field("new", pa.int64()), "filter": "id > 3"}, "filter"),
         ({"transform": pa.field("new", pa.int64()), "read_version": 1}, "read_version"),
         ({"transform": plus_one, "ray_remote_args": {"max_retries": 3}}, "max_retries"),

@@ -209,7 +209,7 @@ def test_a_hybrid_search_on_the_cluster_is_the_same(ray_session: object, uri: st
         ({"rrf_k": -1}, "rrf_k"),
         ({"nearest": None}, "nearest"),
         ({"nearest": {"column": "vector", "q": np.zeros((2, 16), np.float32)}}, "nearest['q']"),
-        ({"full_text_query": " "}, "query"),
+        ({"full_text_query": " "}, "full_text_query"),
     ],
     ids=str,
 )
