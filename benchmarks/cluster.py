@@ -53,6 +53,12 @@ class Step:
     """Of the workers of each node, those of their raylet included."""
 
 
+@ray.remote
+def _hold() -> None:
+    """Starts the worker process of a node."""
+    time.sleep(1)
+
+
 @contextmanager
 def cluster(folder: Path) -> Iterator[list[int]]:
     """The nodes; the process numbers of their raylets, whose children are the workers."""
@@ -70,6 +76,7 @@ def cluster(folder: Path) -> Iterator[list[int]]:
         ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.get([_hold.options(scheduling_strategy="SPREAD").remote() for _ in range(2 * NODES)])
         yield raylets
     finally:
         ray.shutdown()
@@ -116,22 +123,22 @@ class Works:
         share = self.rows // BLOCKS
 
         def make(batch: dict[str, np.ndarray]) -> pa.Table:
+            time.sleep(0.25)  # so that no node does all of it before the others have begun
             number = int(batch["id"][0])
             values = np.random.default_rng(number).standard_normal(share * DIMENSION, dtype=np.float32)
             ids = np.arange(number * share, (number + 1) * share)
             node = pa.array([ray.get_runtime_context().get_node_id()] * share)
             return pa.table({"id": ids, "vector": pa.FixedSizeListArray.from_arrays(values, DIMENSION), "node": node})
 
-        made = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(
-            make, batch_size=None, scheduling_strategy="SPREAD"
-        )
+        made = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(make, batch_size=None)
         size = max(1, self.rows // (4 * BLOCKS))
-        write_lance(made, self.uri, storage_options=self.options, max_rows_per_file=size, min_rows_per_file=size)
+        write_lance(made, self.uri, storage_options=self.options, max_rows_per_file=size)
         self.nodes["write"] = len(set(self.table().to_table(["node"])["node"].to_pylist()))
         return int(self.table().count_rows())
 
     def read(self) -> int:
         def mapped(batch: pa.Table) -> pa.Table:
+            time.sleep(0.25)
             values = batch.column("vector").combine_chunks().flatten().to_numpy().reshape(-1, DIMENSION)
             norms = np.linalg.norm(values, axis=1)
             node = pa.array([ray.get_runtime_context().get_node_id()] * len(norms))
@@ -139,9 +146,9 @@ class Works:
 
         read = read_lance(self.uri, storage_options=self.options, override_num_blocks=BLOCKS)
         found = pa.concat_tables(
-            read.map_batches(
-                mapped, batch_format="pyarrow", batch_size=None, scheduling_strategy="SPREAD"
-            ).iter_batches(batch_size=None, batch_format="pyarrow")
+            read.map_batches(mapped, batch_format="pyarrow", batch_size=None).iter_batches(
+                batch_size=None, batch_format="pyarrow"
+            )
         )
         if sorted(found["id"].to_pylist()) != list(range(self.rows)):
             raise RuntimeError("not every row came once")
