@@ -11,7 +11,7 @@ import pyarrow as pa
 from ray.data import Dataset, TaskPoolStrategy
 
 from lance_ray.errors import InvalidArgumentError, StorageError, redact, storage_error_kind
-from lance_ray.executors import check_ray_options
+from lance_ray.executors import check_dataset, check_ray_options
 from lance_ray.options import BLOB_BATCH_BYTES, check_mapping, check_positive
 from lance_ray.retry import RetryPolicy, is_interruption
 
@@ -88,13 +88,14 @@ def ingest_blobs(
 
     Nothing is written here, so nothing is left behind; the write that consumes the dataset cleans up after itself.
     """
+    check_mapping("fsspec_options", fsspec_options)
     asked = Ingest(
         column, column if into is None else into, dict(fsspec_options or {}), on_error, blob_batch_bytes, threads
     )
-    check_ray_options(dict(ray_remote_args or {}))
+    check_ray_options(ray_remote_args)
+    check_ray_options(None if num_cpus is None else {"num_cpus": num_cpus}, "num_cpus")
     check_positive("concurrency", concurrency)
-    if not isinstance(ds, Dataset):
-        raise InvalidArgumentError("ds", type(ds).__name__, "must be a ray.data.Dataset")
+    check_dataset(ds)
     return ds.map_batches(
         _Fetch(asked),
         batch_format="pyarrow",

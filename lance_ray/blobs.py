@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lance_ray.errors import InvalidArgumentError, LanceRayError, translate_errors
-from lance_ray.options import ScanOptions
+from lance_ray.options import ScanOptions, check_text
 from lance_ray.retry import is_interruption
 from lance_ray.table import PinnedTable, TableRef
 
@@ -98,6 +98,15 @@ class BlobHandle:
         return cast("bytes", found)
 
 
+def _row_numbers(parameter: str, given: Any) -> list[int]:
+    numbers = None if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__") else list(given)
+    if numbers is None or any(isinstance(item, bool) or not hasattr(item, "__index__") for item in numbers):
+        raise InvalidArgumentError(parameter, given, "must be a list of whole numbers")
+    if low := [int(item) for item in numbers if int(item) < 0 or int(item) >= 2**64]:
+        raise InvalidArgumentError(parameter, low, "must be whole numbers from 0 to 2^64 - 1")
+    return [int(item) for item in numbers]
+
+
 def open_blobs(
     uri: Any = None,
     column: str = "",
@@ -154,8 +163,9 @@ def open_blobs(
         "storage_options": storage_options,
         "base_store_params": base_store_params,
     }
-    chosen = {"indices": indices, "ids": row_ids, "addresses": addresses}
-    given = {name: list(values) for name, values in chosen.items() if values is not None}
+    check_text("column", column, optional=False)
+    chosen = {"indices": indices, "row_ids": row_ids, "addresses": addresses}
+    given = {name: _row_numbers(name, values) for name, values in chosen.items() if values is not None}
     if len(given) != 1:
         raise InvalidArgumentError("indices", sorted(given), "give exactly one of indices, row_ids and addresses")
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
@@ -163,8 +173,8 @@ def open_blobs(
     known = list(_paths(dataset.schema))
     if tuple(column.split(".")) not in known:
         raise InvalidArgumentError("column", column, f"blob columns are {['.'.join(path) for path in known]}")
-    selector: Any
-    ((selector, rows),) = given.items()
+    ((named, rows),) = given.items()
+    selector: Any = {"row_ids": "ids"}.get(named, named)
     if not rows:
         return []
     with translate_errors("open blobs of", table.uri, secrets=table.secrets):

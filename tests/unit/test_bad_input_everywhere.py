@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -88,12 +89,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "full_text_search": {"uri": "t", "query": "row", "text_columns": "text"},
     "get_global_pool": {},
     "hybrid_search": {"uri": "t", "nearest": NEAREST, "full_text_query": "row"},
+    "ingest_blobs": {"ds": Untouched(), "column": "url"},
     "init_global_pool": {"processes": 2},
     "list_indices": {"uri": "t"},
     "list_tables": {"namespace_impl": "dir", "namespace_properties": {"root": "."}},
     "merge_columns": {"uri": "t", "transform": one, "output_schema": pa.schema([("one", pa.float64())])},
     "merge_columns_from": {"uri": "t", "ds": Untouched()},
     "nearest_join": {"ds": Untouched(), "uri": "t", "on": "v"},
+    "open_blobs": {"uri": "blobs", "column": "blob", "indices": [0]},
     "optimize_indices": {"uri": "t"},
     "patch_ray_data": {},
     "prewarm": {"uri": "t", "name": "id_idx"},
@@ -264,6 +267,14 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "shuffle": (-1, "yes"),
     "rabitq_model": ("nope",),
     "accelerator": ("tpu", 7),
+    "blobs": ("x", 7),
+    "blob_range": (7, "x", (1,), (0, -1)),
+    "blob_batch_bytes": NO_NUMBER,
+    "threads": NO_NUMBER,
+    "into": ("", 7),
+    "on_error": ("skip", 7),
+    "fsspec_options": (7, "x"),
+    "addresses": (["a"], 7, [-1]),
     "ivf_centroids": ("x", [1.0]),
     "pq_codebook": ("x",),
 }
@@ -271,6 +282,8 @@ SHARED: dict[str, tuple[Any, ...]] = {
 
 # What the table does not hold for: the values that are refused there, and why the others are not.
 EXCEPTIONS: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
+    ("ingest_blobs", "column"): ((7, ""), "whether ds has the column shows when it is consumed"),
+    ("open_blobs", "indices"): ((7, [-1], ["a"]), "beside the other ways to name rows"),
     ("compact_files", "num_partitions"): ((1.5, "4"), "up to 1 is as good as not given, as in other connectors"),
     ("compact_files", "micro_commit_batch_size"): ((1.5, "4", True), "up to 0 is as good as not given"),
     ("compact_database", "micro_commit_batch_size"): ((1.5, "4", True), "up to 0 is as good as not given"),
@@ -318,6 +331,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = write(root / "t", numbers(20).append_column("vector", vectors), fragments=2)
     dataset.create_scalar_index("id", "BTREE")
     dataset.create_scalar_index("text", "INVERTED")
+    blob = pa.field("blob", pa.large_binary(), metadata={"lance-encoding:blob": "true"})
+    lance.write_dataset(pa.table([[b"1", b"2"]], schema=pa.schema([blob])), str(root / "blobs"))
     return root
 
 
