@@ -5,7 +5,7 @@ LOWEST := .venv-lowest/bin
 FOLDERS := $(wildcard lance_ray tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest lint fmt docs bench bench-peers clean
+.PHONY: help demo test test-all test-lowest soak lint fmt docs bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ test-all: .venv/ready  ## all tests, the slow ones too
 
 test-lowest: .venv-lowest/ready  ## the quick tests on the lowest version of every dependency
 	$(LOWEST)/python -m pytest -m "not slow" $(ARGS)
+
+soak: .venv/ready  ## half an hour of all operations under faults, against a model
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 lint: .venv/ready  ## ruff, mypy, and a reason for every exception to them
 	$(BIN)/ruff check .

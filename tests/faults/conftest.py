@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,15 @@ def place(request: pytest.FixtureRequest) -> Place:
     """As ``everywhere``, for tests in which the store plays no part of its own."""
     found: Place = request.getfixturevalue(f"on_{request.param}")
     return found
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of six megabytes."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"mounting a small file system needs privileges: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", "--lazy", mount], check=True)

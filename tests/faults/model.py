@@ -6,6 +6,7 @@ Used by the model-based test, which chooses the operations, and by the soak, whi
 from __future__ import annotations
 
 import copy
+import datetime as dt
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Model:
         self.next_id = 0
         self.added = 0
         self.created = False
+        self.only_model = False
+        """Change the model alone: what an operation of which nobody knows the outcome would have made."""
 
     # Operations of the package
 
@@ -69,7 +72,7 @@ class Model:
             self.state.extra = []
         table, rows = self._new_rows(count)
         with self._meanwhile(outsider if self.created and mode == "append" else ""):
-            lance_ray.create_table(**self.place.to, data=table, mode=mode, enable_stable_row_ids=not self.created)
+            self._call(lance_ray.create_table, data=table, mode=mode, enable_stable_row_ids=not self.created)
         if mode == "overwrite":
             self.state.rows, self.state.row_ids = {}, {}
         self.state.rows |= rows
@@ -77,7 +80,7 @@ class Model:
 
     def delete(self, divisor: int, rest: int) -> None:
         """Delete every so many-th id."""
-        lance_ray.delete(predicate=f"id % {divisor} = {rest}", **self.place.to)
+        self._call(lance_ray.delete, predicate=f"id % {divisor} = {rest}")
         self._forget(divisor, rest)
 
     def add_column(self, factor: int, outsider: str = "") -> None:
@@ -117,14 +120,14 @@ class Model:
         if not self.indexes():
             return
         if what == "drop_index":
-            lance_ray.drop_index(name=INDEX, **self.place.to)
+            self._call(lance_ray.drop_index, name=INDEX)
         else:
             self._done(outsider, getattr(lance_ray, what), **({"name": INDEX} if what == "refresh_index" else {}))
 
     def restore(self, which: int) -> None:
         """Make an old version the newest one."""
         version = sorted(self.history)[which % len(self.history)]
-        lance_ray.restore(version=version, **self.place.to)
+        self._call(lance_ray.restore, version=version)
         self.state = copy.deepcopy(self.history[version])
 
     # What others do, through plain pylance
@@ -184,7 +187,17 @@ class Model:
         version = sorted(self.history)[which % len(self.history)]
         assert_rows(read_here(**self.place.to, version=version), self.history[version])
 
+    def clean_up(self, keep: int) -> None:
+        """Remove old versions, all but some."""
+        self._call(lance_ray.cleanup_old_versions, older_than=dt.timedelta(0), retain_versions=keep)
+        left = {item["version"] for item in self.place.open().versions()}
+        self.history = {version: state for version, state in self.history.items() if version in left}
+
     # Within
+
+    def _call(self, operation: Callable[..., Any], **keywords: Any) -> None:
+        if not self.only_model:
+            operation(**self.place.to, **keywords)
 
     def _name(self) -> str:
         self.added += 1
@@ -217,7 +230,7 @@ class Model:
     def _done(self, outsider: str, operation: Callable[..., Any], **keywords: Any) -> bool:
         """Run an operation while others change the table; whether it was done. Only then may it be refused."""
         with self._meanwhile(outsider), suppress(*(CommitConflictError, SnapshotChangedError) if outsider else ()):
-            operation(**self.place.to, progress=False, **keywords)
+            self._call(operation, progress=False, **keywords)
             return True
         return False
 

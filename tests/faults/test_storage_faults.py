@@ -6,7 +6,6 @@ What may pass is waited for within the stated time of the retry policy; what wil
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,18 +249,6 @@ def test_a_store_that_refuses_even_the_clean_up_leaves_a_ledger_for_later(on_s3:
 
 
 # Disk full
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of six megabytes."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"mounting a small file system needs privileges: {made.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", "--lazy", mount], check=True)
 
 
 def megabytes(count: int) -> ray.data.Dataset:
