@@ -227,8 +227,8 @@ class ScanOptions:
             check_positive(name, self.scanner.get(name))
         check_flag("with_row_id", self.with_row_id)
         check_flag("with_row_address", self.with_row_address)
-        queries = (Mapping, FullTextQuery) if self.is_search else ()
-        if self.filter is not None and not self.has_condition and not isinstance(self.filter, queries):
+        query = self.is_search and (isinstance(self.filter, (Mapping, FullTextQuery)) or callable(self.filter))
+        if self.filter is not None and not self.has_condition and not query:
             raise InvalidArgumentError("filter", type(self.filter).__name__, f"must be {_SPECIAL_FILTER}")
         _check_text_query(self.scanner.get("full_text_query"))
         if isinstance(self.filter, str) and not self.filter.strip():
