@@ -81,7 +81,7 @@ from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter, check_progress
 from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import PinnedTable, address_of
-from lance_ray.transforms import BatchFormat, fold_transform
+from lance_ray.transforms import BatchFormat, fold_transform, lists_unless_told
 
 _FRAGMENT, _ADDRESS, _KEY = "__lance_ray_fragment", "__lance_ray_address", "__lance_ray_key"
 _SYSTEM = ("_rowaddr", "_rowid")
@@ -202,7 +202,7 @@ def add_columns_from(
     filter: str | None = None,
     read_columns: Sequence[str] | None = None,
     output_schema: pa.Schema | None = None,
-    batch_format: BatchFormat = "pyarrow",
+    batch_format: BatchFormat | None = None,
     batch_size: int | None = None,
     read_version: int | str | None = None,
     concurrency: int | None = None,
@@ -231,12 +231,14 @@ def add_columns_from(
     their rows. For few large fragments and costly functions; otherwise ``add_columns`` moves less data. Fragments that
     others append or change meanwhile are computed as ``add_columns`` does it.
 
-    Keywords, result and errors are those of :func:`lance_ray.add_columns`. No fragment is finished before all values
-    are computed, so that a run with a ``job_id`` which failed earlier leaves nothing to go on from.
+    Keywords, result and errors are those of :func:`lance_ray.add_columns`, but for ``batch_format``: a plain function
+    takes a dict of lists unless the caller says otherwise, as lance-ray's does; ``pyarrow`` is quicker. No fragment is
+    finished before all values are computed, so that a run with a ``job_id`` which failed earlier leaves nothing to go
+    on from.
     """
     folded = fold_transform(
         transform,
-        batch_format=batch_format,
+        batch_format=lists_unless_told(transform, batch_format),
         output_schema=output_schema,
         setup=(fn_constructor_args, fn_constructor_kwargs),
         version=transform_version,

@@ -165,6 +165,7 @@ def optimize_indices(
     *,
     table_id: Sequence[str] | None = None,
     indices: Sequence[str] | str | None = None,
+    index_names: Sequence[str] | str | None = None,
     num_indices_to_merge: int | None = 1,
     num_segments: int | None = None,
     retrain: bool = False,
@@ -191,6 +192,7 @@ def optimize_indices(
         uri: path or URI of the table, or an opened dataset.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         indices: names of indexes; all by default.
+        index_names: the engine's name of ``indices``.
         num_indices_to_merge: so many of the newest segments become one with the rows not indexed yet, as in the
             engine; 0 only adds segments, None merges all.
         num_segments: instead: merge all segments in groups, so that there are so many afterwards.
@@ -222,10 +224,13 @@ def optimize_indices(
     check_flag("retrain", retrain)
     merging = _Merging(num_indices_to_merge, num_segments, retrain)
     names = known = upkeep.names(None)
-    if indices is not None:
-        names = list(strings("indices", [indices] if isinstance(indices, str) else indices))
+    if indices is not None and index_names is not None:
+        raise InvalidArgumentError("index_names", index_names, "is another name of indices, which is given too")
+    parameter, chosen = ("indices", indices) if index_names is None else ("index_names", index_names)
+    if chosen is not None:
+        names = list(strings(parameter, [chosen] if isinstance(chosen, str) else chosen))
     if unknown := [name for name in names if name not in known]:
-        raise InvalidArgumentError("indices", unknown, f"must be indexes of the table: {known}")
+        raise InvalidArgumentError(parameter, unknown, f"must be indexes of the table: {known}")
     return upkeep.answer([_optimize(upkeep, name, merging) for name in names], return_report)
 
 

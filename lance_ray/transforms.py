@@ -16,8 +16,8 @@ from lance_ray.errors import InvalidArgumentError, SchemaMismatchError
 from lance_ray.fingerprints import fingerprint
 from lance_ray.options import check_choice, check_mapping, check_schema, check_text
 
-BatchFormat = Literal["pyarrow", "pandas", "numpy"]
-_FORMATS = ("pyarrow", "pandas", "numpy")
+BatchFormat = Literal["pyarrow", "pandas", "numpy", "lists"]
+_FORMATS = ("pyarrow", "pandas", "numpy", "lists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Transform:
     Attributes:
         sql: expressions by column name; empty for a function.
         function: takes a batch and returns one; for a class, the class.
-        batch_format: what the function takes: a ``RecordBatch``, a ``DataFrame`` or a dict of NumPy arrays.
+        batch_format: what the function takes: a ``RecordBatch``, a ``DataFrame``, a dict of NumPy arrays or of lists.
         schema: what it returns, where the caller said so.
         keeps_input: whether it may return the columns that it was given, too.
         setup: arguments of a class's constructor.
@@ -68,6 +68,8 @@ class Transform:
             given = batch.to_pandas()
         elif self.batch_format == "numpy":
             given = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
+        elif self.batch_format == "lists":
+            given = batch.to_pydict()
         found = self.function(given)
         if not isinstance(found, (pa.Table, pa.RecordBatch, Mapping)) and not hasattr(found, "iloc"):
             raise InvalidArgumentError(
@@ -93,6 +95,17 @@ class Appending:
     """Marks a function that returns its batch with the new columns appended."""
 
     transform: Any
+
+
+def lists_unless_told(transform: Any, batch_format: Any) -> Any:
+    """What a function takes where the caller has not said it: a dict of lists, as in lance-ray's ``add_columns_from``.
+
+    A class and a ``batch_udf`` take what they take everywhere.
+    """
+    if batch_format is not None:
+        return batch_format
+    plain = callable(transform) and not inspect.isclass(transform) and not isinstance(transform, BatchUDF)
+    return "lists" if plain else "pyarrow"
 
 
 def fold_transform(

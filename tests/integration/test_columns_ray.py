@@ -245,7 +245,9 @@ def test_an_empty_table_gets_the_columns_of_an_empty_dataset(tmp_path: Path):
     uri = table_at(tmp_path / "t")
     lance.dataset(uri).delete("true")
     lance_ray.merge_columns_from(uri, NOTHING["empty"](), on="id", progress=False)
-    lance_ray.add_columns_from(uri, transform=lambda batch: {"more": batch["id"]}, progress=False)
+    lance_ray.add_columns_from(
+        uri, transform=lambda batch: {"more": batch["id"]}, batch_format="pyarrow", progress=False
+    )
     assert lance.dataset(uri).schema.names == ["id", "key", "value", "new", "more"]
     assert lance.dataset(uri).schema.field("new").type == pa.int64()
 
@@ -426,12 +428,22 @@ def test_columns_computed_by_ray_data_are_the_same(
     tmp_path: Path, transform: Any, options: dict[str, Any], kind: pa.DataType, filter: str | None
 ):
     uri = table_at(tmp_path / "t")
-    report = lance_ray.add_columns_from(uri, transform=transform, filter=filter, progress=False, **options)
+    told = {"batch_format": "pyarrow", **options}
+    report = lance_ray.add_columns_from(uri, transform=transform, filter=filter, progress=False, **told)
     wanted = {item: item + 1 if filter is None or item < 150 else None for item in ids_and(uri, "value")}
     assert ids_and(uri, "new") == wanted
     assert lance.dataset(uri).schema.field("new").type == kind
     assert report.rows == len([value for value in wanted.values() if value is not None])
     assert_nothing_left_over(uri)
+
+
+def test_a_function_takes_a_dict_of_lists_through_ray_data_as_in_lance_ray(tmp_path: Path):
+    uri = table_at(tmp_path / "t")
+    lance_ray.add_columns_from(
+        uri, transform=lambda batch: {"length": [len(key) for key in batch["key"]]}, progress=False
+    )
+    found = lance.dataset(uri).to_table(columns=["key", "length"]).to_pylist()
+    assert all(row["length"] == len(row["key"]) for row in found)
 
 
 def test_addresses_are_there_for_a_transform_through_ray_data_that_asks(tmp_path: Path):
@@ -457,7 +469,12 @@ def test_rows_appended_while_ray_data_computes_are_computed_too(tmp_path: Path, 
     if filter == "id > 400":  # no row of the table gets to the function
         lance.write_dataset(pa.table({"id": [900], "key": ["k"], "value": [0]}), uri, mode="append")
     report = lance_ray.add_columns_from(
-        uri, transform=append, filter=filter, output_schema=pa.schema([("new", pa.int64())]), progress=False
+        uri,
+        transform=append,
+        filter=filter,
+        output_schema=pa.schema([("new", pa.int64())]),
+        batch_format="pyarrow",
+        progress=False,
     )
     least = int(filter.rpartition(" ")[2]) if filter else -1
     assert ids_and(uri, "new") == {item: item + 1 if item > least else None for item in ids_and(uri, "value")}
@@ -470,7 +487,7 @@ def test_rows_appended_while_ray_data_computes_are_computed_too(tmp_path: Path, 
     [
         (lambda batch: {"typo": batch["id"]}, SchemaMismatchError),
         (lambda batch: {"new": batch["id"], "typo": batch["id"]}, SchemaMismatchError),
-        (lambda batch: {"new": ["x"] * len(batch)}, SchemaMismatchError),
+        (lambda batch: {"new": ["x"] * len(batch["id"])}, SchemaMismatchError),
         (lambda batch: {"new": [1 // 0]}, TaskFailedError),
     ],
     ids=["misspelt", "surplus", "another type", "raises"],

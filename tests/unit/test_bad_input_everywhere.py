@@ -244,6 +244,7 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "data": (7, "rows", Untouched),
     "ds": (7, "rows", None),
     "indices": (7, ["nope"]),
+    "index_names": (7, ["nope"]),
     "query": (None, 7, ""),
     "alterations": ([], [7], [{}], [{"path": "x"}], [{"path": "x", "nope": 1}], [{"path": "nope", "name": "y"}]),
     "full_text_query": (None, 7, ""),
