@@ -99,6 +99,7 @@ def test_killed_before_the_commit_and_run_again(on_s3: Place, orders):
     on_s3.assert_holds([*FORMER, *given.ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["create", pytest.param("append", marks=pytest.mark.slow)])
 def test_killed_after_the_commit_and_run_again(place: Place, orders, mode: str):
     former = FORMER if mode == "append" else range(0)

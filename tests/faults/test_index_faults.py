@@ -153,7 +153,8 @@ lance_ray.create_scalar_index(sys.argv[2], column="id", index_type="BTREE", num_
 """
 
 
-@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_driver_that_was_killed_leaves_what_cleanup_orphans_removes(on_disk: Place, when):
     written(on_disk)
     address = ray.get_runtime_context().gcs_address

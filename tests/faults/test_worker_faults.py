@@ -118,6 +118,7 @@ class DiesBetweenFiles(FaultySink):
         return super().write(deadly(), ctx)
 
 
+@pytest.mark.slow
 def test_a_write_task_dies_between_two_of_its_files(on_disk: Place, flag: Path, sink):
     sink(DiesBetweenFiles)
     write_lance(blocks(4), **on_disk.to, max_rows_per_file=60)
@@ -133,6 +134,7 @@ class DiesEveryTime(FaultySink):
         return written
 
 
+@pytest.mark.slow
 def test_every_attempt_of_a_worker_dies_and_the_write_fails_without_a_trace(on_disk: Place, sink):
     on_disk.write(rows(-100, 50))
     sink(DiesEveryTime)

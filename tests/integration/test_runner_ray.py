@@ -285,6 +285,7 @@ def nap(shared: None, task: float) -> None:
     time.sleep(task)
 
 
+@pytest.mark.slow
 def test_more_actors_than_the_cluster_can_hold_do_not_keep_tasks_waiting() -> None:
     with ActorExecutor(3) as actors:
         outcomes = list(run_tasks(add, range(20), shared=1, options=options(), executor=actors))

@@ -260,6 +260,7 @@ def dies(shared: Any, task: int) -> int:
     os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_task_that_ends_each_process_of_a_pool_ends_with_an_error_and_the_pool_stays_usable(ray_pool: Pool):
     run = run_tasks(dies, [1], shared=None, options=RunOptions(progress=False), executor=PoolExecutor(ray_pool))
     with pytest.raises(TaskFailedError, match="3 attempt"):
@@ -272,6 +273,7 @@ def sleeps(seconds: float, task: int) -> int:
     return task
 
 
+@pytest.mark.slow
 def test_a_pool_that_gives_no_result_ends_the_run_after_the_stated_time(ray_pool: Pool):
     list(run_tasks(sleeps, [0], shared=0.0, executor=PoolExecutor(ray_pool)))  # a new process imports first
     started = time.perf_counter()
