@@ -116,6 +116,8 @@ def info(
         found = lance_ray.describe_table(**address)
         lines = [str(found)]
         told = _plain(found) | {"fragments": 0, "bytes": 0, "indices": []}
+        if table_id is None:
+            del told["table_id"]
         if found.version is not None:
             health = lance_ray.table_health(**address)
             told |= {"fragments": len(health.fragments), "bytes": health.bytes, "indices": _plain(health.indices)}

@@ -56,6 +56,7 @@ def test_info_shows_version_columns_and_size(table: str):
     found = told("info", table)
     assert (found["version"], found["rows"], found["fragments"]) == (1, 20, 4)
     assert found["schema"]["id"] == "int64"
+    assert "table_id" not in found
 
 
 def test_health_tells_what_a_compaction_would_do_and_checks_on_demand(table: str):
@@ -120,6 +121,7 @@ def test_indexes_are_built_listed_refreshed_merged_and_dropped(table: str):
     assert told("index", "optimize", table, "--name", "id_idx", "--num-segments", "1")[0]["segments"] == 1
     assert told("index", "drop", table, "--name", "near")["version"] == lance.dataset(table).version
     assert [item["name"] for item in told("index", "list", table)] == ["id_idx"]
+    assert [item["kind"] for item in told("health", table)["indices"]] == ["BTREE"]
     run("index", "drop", table, "--name", "near", code=cli.BAD_ARGUMENT)
     run("index", "create", table, "--column", "id", "--type", "nonsense", code=cli.BAD_ARGUMENT)
 
@@ -170,7 +172,8 @@ def test_tables_of_a_catalog_are_named_by_their_parts(tmp_path: Path):
     place: dict[str, Any] = {"namespace_impl": "dir", "namespace_properties": {"root": str(tmp_path)}}
     lance_ray.create_table(data=pa.table({"id": [1, 2]}), table_id=["things"], **place)
     options = ("--namespace-impl", "dir", "--namespace-property", f"root={tmp_path}", "--table-id", "things")
-    assert told("info", *options)["rows"] == 2
+    found = told("info", *options)
+    assert (found["rows"], found["table_id"]) == (2, ["things"])
 
 
 def test_secrets_come_from_the_environment_and_are_not_shown(monkeypatch: pytest.MonkeyPatch):
@@ -229,6 +232,13 @@ def test_the_installed_command_prints_nothing_but_its_result(table: str):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["rows"] == 20
+
+
+def test_the_command_says_how_to_install_what_it_needs():
+    script = "import sys; sys.modules['typer'] = None; from lance_ray.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "lance-ray: the command line needs typer: pip install 'lance-ray[cli]'\n"
 
 
 @pytest.mark.slow
