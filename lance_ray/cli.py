@@ -702,22 +702,26 @@ def _line(error: BaseException) -> str:
         lines = [*lines[:at], lines[-1]]
     text = " ".join(lines)
     if isinstance(error, InvalidArgumentError):
-        return text.replace(f"{error.parameter}=", f"{_typed(error)} ", 1)
+        typed = _typed(error)
+        return text if typed is None else text.replace(f"{error.parameter}=", typed, 1)
     return text if isinstance(error, LanceRayError) else f"{type(error).__name__}: {text}"
 
 
-def _typed(error: InvalidArgumentError) -> str:
-    """The option or argument of the running command that stands for a parameter; the parameter where there is none."""
+def _typed(error: InvalidArgumentError) -> str | None:
+    """What was typed in front of the value of a parameter: an option, an argument, or an option and its key."""
     context = _RUNNING.get()
     if context is None or error.parameter.startswith("-"):
-        return error.parameter
+        return f"{error.parameter} "
     name = _SPELLED.get(error.parameter, error.parameter)
     if name == "table" and "source" in context.params:
         name = "source" if error.value == repr(context.params["source"]) else "target"
     for item in context.command.params:
         if item.name in (name, f"{name}_"):
-            return item.opts[0] if item.param_type_name == "option" else str(item.name).upper()
-    return error.parameter
+            return f"{item.opts[0] if item.param_type_name == 'option' else str(item.name).upper()} "
+        given = context.params.get(str(item.name))
+        if isinstance(given, (list, tuple)) and any(str(pair).startswith(f"{error.parameter}=") for pair in given):
+            return f"{item.opts[0]} {error.parameter}="
+    return None
 
 
 def _print(told: Any, text: str, as_json: bool) -> None:

@@ -242,6 +242,8 @@ def test_messages_name_what_was_typed(table: str):
     assert refusal("search", table, "--text", " ", "--text-columns", "text").startswith("lance-ray: --text ")
     assert refusal("health", table, "--compaction-option", "no=1").startswith("lance-ray: --compaction-option")
     assert refusal("index", "create", table, "--column", "id", "--type", "no").startswith("lance-ray: --type ")
+    index = ("index", "create", table, "--column", "id", "--type", "btree")
+    assert refusal(*index, "--option", "no=1").startswith("lance-ray: --option no=1: ")
     assert "_In" not in refusal("search", table, "--text", "fox", "--text-columns", "id")
 
 
