@@ -59,7 +59,7 @@ version) and *commit* (one module), and each question has one file:
 ``compaction``        ``compact_files`` and its worker side
 ``maintenance``       ``compact_database``, ``cleanup_old_versions``
 ``health``            ``table_health``
-``cli``               the command line ``lance-ray``
+``cli``, ``cli_copy`` the command line ``lance-ray``, which starts in ``__main__``
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
 ``io``, ``pool``,     lance-ray's modules of these names, for code that imports from them
 ``pandas``

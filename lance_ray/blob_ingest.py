@@ -68,12 +68,13 @@ def ingest_blobs(
             whatever else is installed; a null stays null.
         into: the name of the new column; by default the URLs are replaced.
         fsspec_options: what ``fsspec.core.url_to_fs`` takes besides the URL, such as credentials.
-        on_error: ``raise``, or ``null`` for a null where a URL cannot be read.
+        on_error: ``raise``, or ``null`` for a null where an object cannot be read. An error of the configuration (a
+            scheme that fsspec does not know, a driver that is not installed, a bad option) is raised all the same.
         blob_batch_bytes: payload that a task gathers before it hands a block on (32 MiB); a larger blob is a block by
             itself. At most so much, and what ``threads`` fetches are under way, is in memory.
         threads: fetches at once in each task.
         concurrency: tasks at once at most.
-        num_cpus: CPUs of each task.
+        num_cpus: CPUs of each task; it wins over ``ray_remote_args``.
         ray_remote_args: further options of ``ray.remote``.
 
     Returns:
@@ -81,7 +82,7 @@ def ingest_blobs(
 
     Raises:
         InvalidArgumentError: before anything starts: a bad argument. While the dataset is consumed: no such column,
-            or one without strings.
+            one without strings, a URL of an unknown scheme or without its driver, a bad option for fsspec.
         StorageError: while the dataset is consumed: a URL cannot be read, after retries of what may pass. The message
             has the URL without credentials. Ray wraps it in an error of its own, unless
             ``DataContext.raise_original_map_exception`` is set.
@@ -102,8 +103,7 @@ def ingest_blobs(
         batch_size=_ROWS_AT_ONCE,
         zero_copy_batch=True,
         compute=TaskPoolStrategy(concurrency),
-        num_cpus=num_cpus,
-        **dict(ray_remote_args or {}),
+        **{**(ray_remote_args or {}), **({} if num_cpus is None else {"num_cpus": num_cpus})},
     )
 
 
@@ -165,16 +165,22 @@ def _fetch(url: str | None, asked: Ingest) -> bytes | None:
 def _read(url: str, asked: Ingest) -> bytes:
     import fsspec
 
+    opened = False
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **asked.options)
+        opened = True
         return cast("bytes", filesystem.cat_file(path))
     except Exception as error:  # noqa: BLE001 - every implementation of fsspec has errors of its own
         secrets = [str(value) for value in asked.options.values() if isinstance(value, str)]
         shown = redact(url, secrets).partition("?")[0]
+        reason = redact(f"{type(error).__name__}: {error}".replace(url, shown), secrets)
+        if isinstance(error, TypeError):  # also from the first request: some drivers hand options on only then
+            raise InvalidArgumentError("fsspec_options", sorted(asked.options), f"for {shown}: {reason}") from None
+        if isinstance(error, ImportError) or (isinstance(error, ValueError) and not opened):
+            raise InvalidArgumentError("column", asked.column, f"cannot open {shown}: {reason}") from None
         kind = "missing" if isinstance(error, FileNotFoundError) else storage_error_kind(str(error))
         if isinstance(error, (ConnectionError, TimeoutError)):
             kind = "transient"
-        if isinstance(error, (ValueError, ImportError)):
+        if isinstance(error, ValueError):
             kind = "invalid"
-        reason = redact(f"{type(error).__name__}: {error}".replace(url, shown), secrets)
         raise StorageError(f"cannot read {shown}: {reason}", kind=kind, target=shown) from None

@@ -7,8 +7,8 @@ error. Exit codes:
 0     done
 1     failed for another reason
 2     a bad argument; nothing was started
-3     there is no such table, version, tag or branch
-4     the table exists, or others kept winning; nothing was committed
+3     there is no such table, version, tag, branch or file
+4     the target exists, or others kept winning; nothing was committed
 5     the store failed: credentials, network, a full disk
 6     the outcome of a commit is unknown; no file was removed
 7     done in part: some tasks or tables failed and are named
@@ -25,19 +25,24 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
 import ray
 import typer
-from ray.data import DataContext, Dataset
+import typer.core
+from ray.data import DataContext
+from ray.data.exceptions import SystemException
 
 import lance_ray
+from lance_ray.cli_copy import Files, Source, check_options, format_of, no_empty_folder
 from lance_ray.errors import (
     CommitConflictError,
     CommitOutcomeUnknownError,
@@ -48,13 +53,11 @@ from lance_ray.errors import (
     TableExistsError,
     TableNotFoundError,
     VersionNotFoundError,
-    translate_errors,
     unwrap,
 )
-from lance_ray.table import in_memory
 
 FAILED, BAD_ARGUMENT, NOT_FOUND, CONFLICT, STORAGE, UNKNOWN, PARTIAL, NEEDS_CARE, INTERRUPTED = *range(1, 9), 130
-_CODES: tuple[tuple[type[LanceRayError], int], ...] = (
+_CODES: tuple[tuple[type[Exception], int], ...] = (
     (InvalidArgumentError, BAD_ARGUMENT),
     (TableNotFoundError, NOT_FOUND),
     (VersionNotFoundError, NOT_FOUND),
@@ -63,10 +66,39 @@ _CODES: tuple[tuple[type[LanceRayError], int], ...] = (
     (StorageError, STORAGE),
     (CommitOutcomeUnknownError, UNKNOWN),
     (OperationFailedError, PARTIAL),
+    (FileNotFoundError, NOT_FOUND),  # of Ray: a file to copy
 )
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_FORMATS = {".lance": "lance", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".avro": "avro"}
+_SPELLED = {
+    "uri": "table",
+    "nearest": "vector",
+    "q": "vector",
+    "query": "text",
+    "full_text_query": "text",
+    "limit": "k",
+    "index_type": "type",
+    "indices": "name",
+    "compaction_options": "compaction_option",
+    "storage_options": "storage_option",
+    "namespace_properties": "namespace_property",
+}
+"""Parameters of the functions whose options have other names."""
+
+
+_RUNNING: ContextVar[typer.Context | None] = ContextVar("running", default=None)
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose options can be looked up while it runs, for messages."""
+
+    def invoke(self, ctx: Any) -> Any:
+        token = _RUNNING.set(ctx)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _RUNNING.reset(token)
+
 
 app = typer.Typer(
     name="lance-ray",
@@ -100,7 +132,7 @@ Columns = Annotated[str | None, typer.Option(help="Columns, joined by commas.")]
 Filter = Annotated[str | None, typer.Option("--filter", help="SQL filter, before the ranking of a search.")]
 
 
-@app.command()
+@app.command(cls=_Command)
 def info(
     table: Table = None,
     *,
@@ -116,6 +148,8 @@ def info(
         found = lance_ray.describe_table(**address)
         lines = [str(found)]
         told = _plain(found) | {"fragments": 0, "bytes": 0, "indices": []}
+        if table_id is None:
+            del told["table_id"]
         if found.version is not None:
             health = lance_ray.table_health(**address)
             told |= {"fragments": len(health.fragments), "bytes": health.bytes, "indices": _plain(health.indices)}
@@ -125,7 +159,7 @@ def info(
         _print(told, "\n".join(lines), as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def health(
     table: Table = None,
     *,
@@ -152,7 +186,7 @@ def health(
         raise typer.Exit(NEEDS_CARE)
 
 
-@app.command()
+@app.command(cls=_Command)
 def compact(
     table: Table = None,
     *,
@@ -192,7 +226,7 @@ def compact(
         raise typer.Exit(PARTIAL)
 
 
-@app.command()
+@app.command(cls=_Command)
 def cleanup(
     table: Table = None,
     *,
@@ -231,7 +265,7 @@ Name = Annotated[str | None, typer.Option(help="Name of the index.")]
 Segments = Annotated[int | None, typer.Option(help="Segments; decided by the size of the table by default.")]
 
 
-@index_app.command("create")
+@index_app.command("create", cls=_Command)
 def index_create(
     table: Table = None,
     *,
@@ -271,7 +305,7 @@ def index_create(
         _print(_plain(report), str(report), as_json)
 
 
-@index_app.command("refresh")
+@index_app.command("refresh", cls=_Command)
 def index_refresh(
     table: Table = None,
     *,
@@ -297,7 +331,7 @@ def index_refresh(
         _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
 
 
-@index_app.command("optimize")
+@index_app.command("optimize", cls=_Command)
 def index_optimize(
     table: Table = None,
     *,
@@ -327,7 +361,7 @@ def index_optimize(
         _print(_plain(reports), "\n".join(map(str, reports)) or "nothing to do", as_json)
 
 
-@index_app.command("drop")
+@index_app.command("drop", cls=_Command)
 def index_drop(
     table: Table = None,
     *,
@@ -345,7 +379,7 @@ def index_drop(
         _print({"name": name, "version": version}, f"{name}: dropped in version {version}", as_json)
 
 
-@index_app.command("list")
+@index_app.command("list", cls=_Command)
 def index_list(
     table: Table = None,
     *,
@@ -361,7 +395,7 @@ def index_list(
         _print(_plain(found), "\n".join(map(str, found)) or "no indexes", as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def search(
     table: Table = None,
     *,
@@ -425,7 +459,7 @@ def _searched(
     return lance_ray.full_text_search(uri, text, **where, **asked, text_columns=text_columns, limit=k)
 
 
-@app.command()
+@app.command(cls=_Command)
 def copy(
     source: Annotated[str, typer.Argument(help="What to read: a Lance table, or anything that Ray reads.")],
     target: Annotated[str, typer.Argument(help="Where to write: a Lance table, or what Ray writes.")],
@@ -436,7 +470,12 @@ def copy(
     to: Annotated[
         str | None, typer.Option("--to", help="Format, as in Dataset.write_FORMAT; by default by the name's end.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="For a Lance table: create, append, overwrite or ignore.")] = "create",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="create, append, overwrite or ignore. To overwrite files removes the old ones before it writes."
+        ),
+    ] = "create",
     columns: Columns = None,
     filter_: Filter = None,
     limit: Annotated[int | None, typer.Option(help="Rows at most.")] = None,
@@ -453,61 +492,35 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy between a Lance table and any format that Ray reads and writes. --filter and --columns go into the scan."""
-    with _told(as_json), _ray(address, quiet=quiet or as_json):
+    with _told(as_json):
         store = _pairs("--storage-option", storage_option)
         chosen = {"columns": _names(columns), "filter": filter_, "limit": limit, "storage_options": store}
-        ds = _read(source, from_ or _format(source), chosen, _values("--read-option", read_option) or {})
+        asked = Source(
+            source, from_ or format_of(source, "--from"), chosen, _values("--read-option", read_option) or {}
+        )
         options = _values("--write-option", write_option) or {}
-        if (to or _format(target)) == "lance":
-            report = lance_ray.write_lance(ds, target, mode=mode, job_id=job_id, storage_options=store, **options)
+        format_ = to or format_of(target, "--to")
+        if store and "lance" not in (asked.format, format_):
+            raise InvalidArgumentError("--storage-option", sorted(store), "is for a Lance table")
+        if format_ == "lance":
+            check_options(
+                "--write-option", options, lance_ray.write_lance, ("ds", "uri", "mode", "job_id", "storage_options")
+            )
+            with _ray(address, quiet=quiet or as_json), no_empty_folder(target):
+                report = lance_ray.write_lance(
+                    asked.read(), target, mode=mode, job_id=job_id, storage_options=store, **options
+                )
             _print(_plain(report), str(report), as_json)
             return
-        for name, value, default in (("--mode", mode, "create"), ("--job-id", job_id, None)):
-            if value != default:
-                raise InvalidArgumentError(name, value, "is for a Lance table as the target")
-        _writer(ds, to or _format(target))(target, **options)
-        _print({"target": target}, f"{target}: written", as_json)
-
-
-def _read(source: str, format_: str, chosen: dict[str, Any], options: dict[str, Any]) -> Dataset:
-    if format_ == "lance":
-        return lance_ray.read_lance(source, **chosen, **options)
-    reader = getattr(ray.data, f"read_{format_}", None)
-    if reader is None:
-        known = sorted(name.removeprefix("read_") for name in dir(ray.data) if name.startswith("read_"))
-        raise InvalidArgumentError("--from", format_, f"Ray reads {known}")
-    found: Dataset = reader(source, **options)
-    if chosen["filter"] is not None:
-        found = found.map_batches(_Where(chosen["filter"]), batch_format="pyarrow", batch_size=None)
-    if chosen["columns"] is not None:
-        found = found.select_columns(chosen["columns"])
-    return found if chosen["limit"] is None else found.limit(chosen["limit"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Where:
-    """The SQL of Lance for rows from elsewhere."""
-
-    sql: str
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        if not table.num_rows:
-            return table
-        with translate_errors("--filter", self.sql):
-            return in_memory(table).scanner(filter=self.sql).to_table()
-
-
-def _writer(ds: Dataset, format_: str) -> Callable[..., Any]:
-    writer: Callable[..., Any] | None = getattr(ds, f"write_{format_}", None)
-    if writer is None:
-        known = sorted(name.removeprefix("write_") for name in dir(ds) if name.startswith("write_"))
-        raise InvalidArgumentError("--to", format_, f"Ray writes {known}")
-    return writer
-
-
-def _format(place: str) -> str:
-    """The format that the end of a name tells; a Lance table where it tells none."""
-    return _FORMATS.get(Path(place.rstrip("/")).suffix, "lance")
+        if job_id is not None:
+            raise InvalidArgumentError("--job-id", job_id, "is for a Lance table as the target")
+        files = Files(target, format_, mode, options)
+        files.check(source)
+        with _ray(address, quiet=quiet or as_json):
+            rows = files.write(asked.read())
+        what = "left as it is" if rows is None and mode == "ignore" else "written"
+        what += "" if rows is None else f", {rows:,} rows"
+        _print({"target": target, "rows": rows}, f"{target}: {what}", as_json)
 
 
 # Arguments
@@ -621,6 +634,7 @@ def _ray(address: str | None, *, quiet: bool, start: bool = True) -> Iterator[No
 
 
 def _start(address: str | None) -> None:
+    _check_answers(*(("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or "auto")))
     options: dict[str, Any] = {"address": address} if address else {}
     if not address and "RAY_ADDRESS" not in os.environ:
         options = {"include_dashboard": False}
@@ -629,6 +643,20 @@ def _start(address: str | None) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InvalidArgumentError("--address", address, str(error)) from None
+
+
+def _check_answers(option: str, address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for minutes."""
+    place = address.removeprefix("ray://")
+    if place in ("auto", "local") or "://" in place:
+        return
+    host, _, port = place.rpartition(":")
+    if not (host and port.isdigit() and int(port) < 65536):
+        raise InvalidArgumentError(option, address, "must be auto, local, host:port or ray://host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise InvalidArgumentError(option, address, f"no Ray cluster answers ({error})") from None
 
 
 @contextmanager
@@ -641,15 +669,59 @@ def _told(as_json: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the caller of a command hears it in one way
-        found = unwrap(error)
+        found = _root(error)
         code = next((code for kind, code in _CODES if isinstance(found, kind)), FAILED)
-        text = str(found).partition("\nFailed to apply UDF")[0]  # Ray adds advice of its own
+        text = _line(found)
         if as_json:
             told = {"error": type(found).__name__, "message": text, "exit_code": code}
             typer.echo(json.dumps(told), err=True)
         else:
             typer.echo(f"lance-ray: {text}", err=True)
         raise typer.Exit(code) from None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error of the package in it, or what failed below all that Ray put around it."""
+    found = unwrap(error)
+    while not isinstance(found, LanceRayError):
+        below = getattr(found, "cause", None)
+        if below is None and isinstance(found, (ray.exceptions.RayError, SystemException)):
+            below = found.__cause__
+        if not isinstance(below, BaseException):
+            break
+        found = below
+    return found
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line and with the option that was typed."""
+    text = str(error).partition("\nFailed to apply UDF")[0]  # Ray adds advice of its own
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    at = next((at for at, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    if at is not None:
+        lines = [*lines[:at], lines[-1]]
+    text = " ".join(lines)
+    if isinstance(error, InvalidArgumentError):
+        typed = _typed(error)
+        return text if typed is None else text.replace(f"{error.parameter}=", typed, 1)
+    return text if isinstance(error, LanceRayError) else f"{type(error).__name__}: {text}"
+
+
+def _typed(error: InvalidArgumentError) -> str | None:
+    """What was typed in front of the value of a parameter: an option, an argument, or an option and its key."""
+    context = _RUNNING.get()
+    if context is None or error.parameter.startswith("-"):
+        return f"{error.parameter} "
+    name = _SPELLED.get(error.parameter, error.parameter)
+    if name == "table" and "source" in context.params:
+        name = "source" if error.value == repr(context.params["source"]) else "target"
+    for item in context.command.params:
+        if item.name in (name, f"{name}_"):
+            return f"{item.opts[0] if item.param_type_name == 'option' else str(item.name).upper()} "
+        given = context.params.get(str(item.name))
+        if isinstance(given, (list, tuple)) and any(str(pair).startswith(f"{error.parameter}=") for pair in given):
+            return f"{item.opts[0]} {error.parameter}="
+    return None
 
 
 def _print(told: Any, text: str, as_json: bool) -> None:

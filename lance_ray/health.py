@@ -20,6 +20,7 @@ from lance_ray.compaction import (
     target_rows,
 )
 from lance_ray.errors import UnsupportedVersionError, translate_errors
+from lance_ray.index_build import kind_name
 from lance_ray.planning.compaction import Budget
 from lance_ray.table import PinnedTable, address_of
 
@@ -229,7 +230,7 @@ def _indices(table: PinnedTable, fragments: Sequence[FragmentHealth]) -> tuple[I
         found.append(
             IndexHealth(
                 index.name,
-                index.index_type,
+                kind_name(index),
                 tuple(index.field_names),
                 len(index.segments),
                 index.total_size_bytes or 0,

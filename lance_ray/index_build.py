@@ -745,3 +745,11 @@ def kind_of(described: Any) -> IndexKind:
     if name not in KINDS:
         raise InvalidArgumentError("name", described.name, f"is a {name} index; known are {sorted(KINDS)}")
     return KINDS[name]
+
+
+def kind_name(described: Any) -> str:
+    """Its kind as ``create_index`` takes it; as the engine says it, where it is of a kind that is not built here."""
+    try:
+        return kind_of(described).name
+    except InvalidArgumentError:  # which is listed all the same
+        return str(described.index_type)

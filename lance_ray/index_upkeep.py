@@ -34,6 +34,7 @@ from lance_ray.index_build import (
     build_segment,
     described_indices,
     index_column,
+    kind_name,
     kind_of,
     outdated,
     segments_of,
@@ -476,7 +477,7 @@ def _info(described: Any, rows: Mapping[int, int]) -> IndexInfo:
     details = described.details if isinstance(described.details, Mapping) else {}
     return IndexInfo(
         described.name,
-        _kind_name(described),
+        kind_name(described),
         tuple(described.field_names),
         len(described.segments),
         len(known),
@@ -486,13 +487,6 @@ def _info(described: Any, rows: Mapping[int, int]) -> IndexInfo:
         described.total_size_bytes,
         dict(details),
     )
-
-
-def _kind_name(described: Any) -> str:
-    try:
-        return kind_of(described).name
-    except InvalidArgumentError:  # of a kind that is not built here, and listed all the same
-        return str(described.index_type)
 
 
 def definition_of(table: PinnedTable, described: Any) -> IndexDef:

@@ -381,7 +381,7 @@ def test_payloads_are_handed_on_in_tables_of_bounded_size(tmp_path: Path):
 
 
 def test_what_cannot_be_fetched_is_an_error_that_names_it_or_a_null(tmp_path: Path):
-    urls = pa.table({"url": [str(tmp_path / "absent.bin"), "https://me:secret-word@127.0.0.1:9/x?sig=also-secret"]})
+    urls = pa.table({"url": [str(tmp_path / "absent.bin"), "ftp://me:secret-word@127.0.0.1:9/x?sig=also-secret"]})
     once = RetryPolicy(max_attempts=1)
     for row, name in ((0, "absent.bin"), (1, "127.0.0.1")):
         with pytest.raises(StorageError, match=name) as caught:
@@ -395,6 +395,22 @@ def test_what_cannot_be_fetched_is_an_error_that_names_it_or_a_null(tmp_path: Pa
         list(fetched(pa.table({"n": [1]}), Ingest("n", "data")))
 
 
+@pytest.mark.parametrize(
+    ("url", "options", "named"),
+    [
+        ("no-such-scheme://bucket/a", {}, "no-such-scheme"),
+        ("zip://inner.txt::file://b.zip", {"zip": {"mode": "no-such-mode"}}, "no-such-mode"),
+        ("a.bin", {"url": "b.bin"}, "fsspec_options"),
+    ],
+)
+def test_an_error_of_configuration_is_raised_even_where_nulls_are_wanted(url, options, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("b.zip", "w") as archive:
+        archive.writestr("inner.txt", "from an archive")
+    with pytest.raises(InvalidArgumentError, match=named):
+        list(fetched(pa.table({"url": [url]}), Ingest("url", "data", options, on_error="null")))
+
+
 @pytest.mark.ray
 @ray_tests
 def test_urls_are_taken_in_on_workers_and_written_as_blobs(tmp_path: Path):
@@ -402,7 +418,8 @@ def test_urls_are_taken_in_on_workers_and_written_as_blobs(tmp_path: Path):
         (tmp_path / f"{item}.bin").write_bytes(np.full(1000 * item, item, np.uint8).tobytes())
     source = ray.data.from_arrow(pa.table({"id": range(20), "url": [f"{tmp_path}/{item}.bin" for item in range(20)]}))
     uri = str(tmp_path / "table")
-    lance_ray.write_lance(lance_ray.ingest_blobs(source, "url", into="data", concurrency=1), uri)
+    workers: Any = {"concurrency": 1, "num_cpus": 1, "ray_remote_args": {"num_cpus": 2, "memory": 1}}
+    lance_ray.write_lance(lance_ray.ingest_blobs(source, "url", into="data", **workers), uri)
     found = rows(lance_ray.read_lance(uri)).sort_by("id")
     assert [len(item) for item in column(found)] == [1000 * item for item in range(20)]
     assert len(open_blobs(uri, "data", indices=[19])) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from typer.testing import CliRunner
 
 import lance_ray
@@ -49,6 +52,14 @@ def told(*arguments: str, code: int = 0) -> Any:
     return json.loads(run(*arguments, "--json", code=code))
 
 
+def refusal(*arguments: str, code: int = cli.BAD_ARGUMENT) -> str:
+    """What a command that fails says: one line."""
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
 def test_info_shows_version_columns_and_size(table: str):
     text = run("info", table)
     assert "version 1, 20 rows" in text
@@ -56,6 +67,7 @@ def test_info_shows_version_columns_and_size(table: str):
     found = told("info", table)
     assert (found["version"], found["rows"], found["fragments"]) == (1, 20, 4)
     assert found["schema"]["id"] == "int64"
+    assert "table_id" not in found
 
 
 def test_health_tells_what_a_compaction_would_do_and_checks_on_demand(table: str):
@@ -120,6 +132,7 @@ def test_indexes_are_built_listed_refreshed_merged_and_dropped(table: str):
     assert told("index", "optimize", table, "--name", "id_idx", "--num-segments", "1")[0]["segments"] == 1
     assert told("index", "drop", table, "--name", "near")["version"] == lance.dataset(table).version
     assert [item["name"] for item in told("index", "list", table)] == ["id_idx"]
+    assert [item["kind"] for item in told("health", table)["indices"]] == ["BTREE"]
     run("index", "drop", table, "--name", "near", code=cli.BAD_ARGUMENT)
     run("index", "create", table, "--column", "id", "--type", "nonsense", code=cli.BAD_ARGUMENT)
 
@@ -150,14 +163,88 @@ def test_copy_takes_any_format_of_ray_to_lance_and_back(table: str, tmp_path: Pa
     [
         ("--from", "nonsense"),
         ("--to", "nonsense"),
-        ("--to", "csv", "--mode", "append"),
+        ("--to", "csv", "--job-id", "nightly"),
+        ("--to", "csv", "--mode", "nonsense"),
+        ("--to", "csv", "--write-option", "mode=append"),
+        ("--to", "csv", "--write-option", "nonsense=1"),
+        ("--to", "numpy", "--write-option", "nonsense=1"),
+        ("--to", "parquet", "--columns", "nope"),
+        ("--write-option", "mode=append"),
+        ("--write-option", "nonsense=1"),
         ("--read-option", "nonsense"),
+        ("--read-option", "nonsense=1"),
+        ("--read-option", "columns=id"),
+        ("--columns", "nope"),
+        ("--address", "127.0.0.1:9"),
+        ("--address", "ray://127.0.0.1:9"),
+        ("--address", "nowhere"),
         ("--storage-option", "key=env:NO_SUCH_VARIABLE"),
     ],
 )
-def test_copy_refuses_what_cannot_be_done(table: str, tmp_path: Path, arguments: tuple[str, ...]):
-    run("copy", table, str(tmp_path / "target"), *arguments, code=cli.BAD_ARGUMENT)
+def test_copy_refuses_what_cannot_be_done(
+    table: str, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    if arguments[0] == "--address":
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)  # or the address would not be needed
+    assert refusal("copy", table, str(tmp_path / "target"), *arguments).startswith(f"lance-ray: {arguments[-2]} ")
     assert not (tmp_path / "target").exists()
+
+
+def test_copy_to_files_creates_adds_replaces_or_leaves_as_it_is_told(table: str, tmp_path: Path):
+    out = str(tmp_path / "out.parquet")
+
+    def ids() -> list[int]:
+        return sorted(pq.read_table(out)["id"].to_pylist())
+
+    assert told("copy", table, out, "--filter", "id < 3") == {"target": out, "rows": 3}
+    assert "--mode" in refusal("copy", table, out, code=cli.CONFLICT)
+    assert ids() == [0, 1, 2]
+    assert told("copy", table, out, "--filter", "id = 7", "--mode", "append")["rows"] == 1
+    assert told("copy", table, out, "--mode", "ignore")["rows"] is None
+    assert ids() == [0, 1, 2, 7]
+    assert told("copy", table, out, "--filter", "id = 9", "--mode", "overwrite")["rows"] == 1
+    assert ids() == [9]
+    for source, target in ((out, out), (out, table)):
+        refusal("copy", source, target, "--to", "parquet", "--mode", "overwrite")
+    assert (ids(), lance.dataset(table).count_rows()) == ([9], 20)
+
+
+def test_copy_tells_formats_by_their_ends_and_asks_where_it_cannot(table: str, tmp_path: Path):
+    for end, opened in ((".csv.gz", gzip.open), (".csv.bz2", bz2.open)):
+        with opened(tmp_path / f"in{end}", "wt") as file:
+            file.write("id\n1\n2\n")
+        assert told("copy", str(tmp_path / f"in{end}"), str(tmp_path / f"to{end[5:]}.lance"))["rows"] == 2
+    with bz2.open(tmp_path / "in.jsonl.bz2", "wt") as file:
+        file.write('{"id": 1}\n')
+    assert told("copy", str(tmp_path / "in.jsonl.bz2"), str(tmp_path / "lines"))["rows"] == 1
+    for name in ("a.orc", "a.txt", "a.parquet.gz"):
+        assert "say --from" in refusal("copy", str(tmp_path / name), str(tmp_path / "new"))
+        assert "say --to" in refusal("copy", table, str(tmp_path / name))
+    assert "say --to" in refusal("copy", table, str(tmp_path / "a.csv.gz"))
+
+
+def test_a_copy_of_what_is_not_there_says_so_and_leaves_nothing(table: str, tmp_path: Path):
+    for source in ("none.parquet", "none.csv", "none.lance", "none.json"):
+        for target in ("new.lance", "new.csv"):
+            assert "none." in refusal("copy", str(tmp_path / source), str(tmp_path / target), code=cli.NOT_FOUND)
+            assert not (tmp_path / target).exists()
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "in.parquet")
+    for target in ("new.lance", "new.csv"):
+        for arguments in (("--columns", "nope"), ("--filter", "nope = 1")):
+            said = refusal("copy", str(tmp_path / "in.parquet"), str(tmp_path / target), *arguments)
+            assert said.startswith(f"lance-ray: {arguments[0]} ")
+            assert not (tmp_path / target).exists()
+
+
+def test_messages_name_what_was_typed(table: str):
+    assert refusal("info").startswith("lance-ray: TABLE ")
+    assert refusal("search", table, "--vector", "[1, 2]").startswith("lance-ray: --vector ")
+    assert refusal("search", table, "--text", " ", "--text-columns", "text").startswith("lance-ray: --text ")
+    assert refusal("health", table, "--compaction-option", "no=1").startswith("lance-ray: --compaction-option")
+    assert refusal("index", "create", table, "--column", "id", "--type", "no").startswith("lance-ray: --type ")
+    index = ("index", "create", table, "--column", "id", "--type", "btree")
+    assert refusal(*index, "--option", "no=1").startswith("lance-ray: --option no=1: ")
+    assert "_In" not in refusal("search", table, "--text", "fox", "--text-columns", "id")
 
 
 def test_a_copy_with_a_job_id_is_done_once(table: str, tmp_path: Path):
@@ -170,7 +257,8 @@ def test_tables_of_a_catalog_are_named_by_their_parts(tmp_path: Path):
     place: dict[str, Any] = {"namespace_impl": "dir", "namespace_properties": {"root": str(tmp_path)}}
     lance_ray.create_table(data=pa.table({"id": [1, 2]}), table_id=["things"], **place)
     options = ("--namespace-impl", "dir", "--namespace-property", f"root={tmp_path}", "--table-id", "things")
-    assert told("info", *options)["rows"] == 2
+    found = told("info", *options)
+    assert (found["rows"], found["table_id"]) == (2, ["things"])
 
 
 def test_secrets_come_from_the_environment_and_are_not_shown(monkeypatch: pytest.MonkeyPatch):
@@ -229,6 +317,13 @@ def test_the_installed_command_prints_nothing_but_its_result(table: str):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["rows"] == 20
+
+
+def test_the_command_says_how_to_install_what_it_needs():
+    script = "import sys; sys.modules['typer'] = None; from lance_ray.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "lance-ray: the command line needs typer: pip install 'lance-ray[cli]'\n"
 
 
 @pytest.mark.slow
