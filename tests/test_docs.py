@@ -16,7 +16,7 @@ import pytest
 import lance_ray
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
@@ -82,7 +82,8 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text("utf-8")
-    assert [page.name for page in PAGES if f": {page.name}" not in menu] == []
+    names = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
+    assert [name for name in names if f": {name}\n" not in menu] == []
 
 
 @pytest.mark.slow
