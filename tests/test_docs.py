@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 import lance_ray
 
@@ -63,6 +65,24 @@ def test_the_code_of_a_page_runs_from_its_top_to_its_end(page: Path):
     namespace: dict[str, Any] = {"__name__": f"docs_{page.stem}"}
     for line, code in blocks(page):
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore:unclosed file .*ray-data:ResourceWarning")
+def test_the_code_of_the_readme_runs_on_a_folder_in_place_of_the_bucket(folder: Path):
+    documents = lance.dataset("documents.lance").to_table(columns=["id", "lang", "text"])
+    documents = documents.append_column("length", documents["id"])
+    ray.data.from_arrow(documents).write_parquet(str(folder / "raw"))
+    ray.data.from_arrow(documents.slice(0, 30)).write_json(str(folder / "new"))
+    ((_, code),) = blocks(ROOT / "README.md")
+    tomorrow = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)  # the table is younger than the day that the page names
+    code, days = re.subn(r'(?<=asof=")[^"]+', tomorrow.isoformat(), code.replace("s3://bucket", str(folder)))
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (days, names["report"].rows, lance.dataset(str(folder / "docs")).count_rows()) == (1, 2000, 2030)
+    assert names["german"].count() == 1333 + 20
+    assert names["long_ones"].count() == 999
 
 
 def test_a_block_that_is_not_run_says_why():
