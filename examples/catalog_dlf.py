@@ -3,7 +3,7 @@
     python examples/catalog_dlf.py                                     # print what a configuration looks like
     python examples/catalog_dlf.py --config dlf.json --database default
 
-Needs ``pip install 'lance-ray[dlf]'``. The table has a name of its own and is dropped at the end.
+Needs ``pip install '.[dlf]'``. The table has a name of its own and is dropped at the end.
 """
 
 from __future__ import annotations

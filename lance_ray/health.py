@@ -123,12 +123,12 @@ class TableHealth:
             The axes.
 
         Raises:
-            UnsupportedVersionError: matplotlib is not installed (``pip install lance-ray[plot]``).
+            UnsupportedVersionError: matplotlib is not installed (``pip install matplotlib``).
         """
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise UnsupportedVersionError("matplotlib", "nothing", "lance-ray[plot]") from error
+            raise UnsupportedVersionError("matplotlib", "nothing", "3.10.8 or newer") from error
         if axes is None:
             axes = pyplot.subplots(figsize=(10, 4), layout="constrained")[1]
         places = range(len(self.fragments))

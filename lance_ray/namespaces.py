@@ -49,8 +49,8 @@ def connect(
     """A connected namespace, which every function takes as ``namespace_impl`` and workers connect for themselves.
 
     Args:
-        namespace_impl: ``dir``, ``rest``, ``glue``, ``hive2``, ``hive3``, ``unity``, ``polaris``, ``iceberg``, ``dlf``,
-            the class path of another ``lance_namespace.LanceNamespace``, or a namespace object.
+        namespace_impl: ``dir``, ``rest``, ``glue``, ``hive2``, ``hive3``, ``unity``, ``polaris``, ``dlf``, the
+            class path of another ``lance_namespace.LanceNamespace``, or a namespace object.
         namespace_properties: what it is connected with.
         rest_config: a REST server instead.
 

@@ -29,7 +29,7 @@ from lance_ray.errors import (
 )
 
 PACKAGES = {
-    **dict.fromkeys(("glue", "hive2", "hive3", "iceberg", "polaris", "unity"), "lance_namespace_impls"),
+    **dict.fromkeys(("glue", "hive2", "hive3", "polaris", "unity"), "lance_namespace_impls"),
     "dlf": "lance_dlf",
 }
 """Which package an implementation comes from, and registers itself with when it is imported."""
@@ -91,8 +91,9 @@ def connect(impl: str, properties: dict[str, str], secrets: Iterable[str]) -> An
         try:
             importlib.import_module(package)
         except ImportError:
+            wanted = "lance-dlf" if impl == "dlf" else f"lance-namespace-impls[{impl}]"
             raise InvalidArgumentError(
-                "namespace_impl", impl, f"needs the package {package!r}: pip install 'lance-ray[{impl}]'"
+                "namespace_impl", impl, f"needs the package {package!r}: pip install '{wanted}'"
             ) from None
     try:
         return lance_namespace.connect(impl, properties)

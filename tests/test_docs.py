@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 import lance_ray
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
@@ -65,6 +67,24 @@ def test_the_code_of_a_page_runs_from_its_top_to_its_end(page: Path):
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore:unclosed file .*ray-data:ResourceWarning")
+def test_the_code_of_the_readme_runs_on_a_folder_in_place_of_the_bucket(folder: Path):
+    documents = lance.dataset("documents.lance").to_table(columns=["id", "lang", "text"])
+    documents = documents.append_column("length", documents["id"])
+    ray.data.from_arrow(documents).write_parquet(str(folder / "raw"))
+    ray.data.from_arrow(documents.slice(0, 30)).write_json(str(folder / "new"))
+    ((_, code),) = blocks(ROOT / "README.md")
+    tomorrow = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)  # the table is younger than the day that the page names
+    code, days = re.subn(r'(?<=asof=")[^"]+', tomorrow.isoformat(), code.replace("s3://bucket", str(folder)))
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (days, names["report"].rows, lance.dataset(str(folder / "docs")).count_rows()) == (1, 2000, 2030)
+    assert names["german"].count() == 1333 + 20
+    assert names["long_ones"].count() == 999
+
+
 def test_a_block_that_is_not_run_says_why():
     for page in PAGES:
         text = page.read_text("utf-8")
@@ -82,7 +102,8 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text("utf-8")
-    assert [page.name for page in PAGES if f": {page.name}" not in menu] == []
+    names = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
+    assert [name for name in names if f": {name}\n" not in menu] == []
 
 
 @pytest.mark.slow

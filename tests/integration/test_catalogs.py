@@ -279,7 +279,8 @@ def test_an_address_that_cannot_be_is_refused_by_name(given: dict[str, Any], nam
 def test_a_catalog_whose_package_is_missing_says_what_to_install(impl: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(plugins.PACKAGES, impl, "no_such_package")
     catalog._client.cache_clear()
-    with pytest.raises(InvalidArgumentError, match=rf"lance-ray\[{impl}\]"):
+    package = "lance-dlf" if impl == "dlf" else rf"lance-namespace-impls\[{impl}\]"
+    with pytest.raises(InvalidArgumentError, match=rf"pip install '{package}'"):
         lance_ray.connect(impl, {"uri": "http://x"})
 
 

@@ -290,7 +290,7 @@ def test_an_empty_table_can_be_drawn_too(tmp_path: Path):
 
 def test_without_matplotlib_drawing_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UnsupportedVersionError, match=r"lance-ray\[plot\]"):
+    with pytest.raises(UnsupportedVersionError, match=r"matplotlib .* 3\.10\.8 or newer is needed"):
         TableHealth("t", 1, 1, 100, ()).plot()
 
 
