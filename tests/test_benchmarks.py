@@ -59,6 +59,7 @@ def test_a_chart_of_the_lines_is_a_picture(tmp_path: Path) -> None:
     assert rows[2] is None
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_or_takes_too_long_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     work = peers.Work("nothing", "count", {"uri": str(tmp_path / "missing")}, 1.0, 1.0)
     with peers.Side("engine", sys.executable, tmp_path) as side:

@@ -68,6 +68,7 @@ def states(report: CleanupReport) -> list[str]:
 # Killed
 
 
+@pytest.mark.slow
 def test_killed_before_the_commit_and_cleaned_up(place: Place, orders):
     place.write(rows(-BLOCK, BLOCK))
     killed(orders(place, die="before"))
@@ -134,6 +135,7 @@ def test_killed_while_its_tasks_write_and_run_again(on_disk: Place, orders):
 # At work
 
 
+@pytest.mark.slow
 def test_a_job_at_work_is_not_touched_and_not_doubled(on_disk: Place, orders):
     on_disk.write(rows(-BLOCK, BLOCK))
     given = orders(on_disk, hold="tasks")

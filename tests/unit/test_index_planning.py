@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lance_ray.planning.indexes import (
     KINDS,
+    MAX_SHARES,
     SAMPLE_BYTES,
     default_partitions,
     latest,
@@ -49,7 +50,7 @@ def test_the_heaviest_segment_is_at_most_one_fragment_heavier_than_the_lightest(
 @given(fragments.filter(lambda stats: sum(stats.rows) > 0), st.integers(1, 5000), st.floats(1, 1e6))
 def test_a_sample_is_shared_out_by_rows_and_bounded_by_bytes(stats, count, row_bytes):
     shares = plan_sample(stats, count, row_bytes, seed=1)
-    wanted = min(count, sum(stats.rows))
+    wanted = min(count, sum(stats.rows), max(1, int(MAX_SHARES * SAMPLE_BYTES / row_bytes)))
     drawn = sum(rows for share in shares for _, rows in share.runs())
     assert wanted <= drawn <= wanted + len(shares)
     assert len({share.seed for share in shares}) == len(shares)
