@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from lance_ray.errors import InvalidArgumentError, LanceRayError, translate_errors
 from lance_ray.options import ScanOptions, check_text
 from lance_ray.retry import is_interruption
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, address_of
 
 if TYPE_CHECKING:
     from lance_ray.read import ReadSpec
@@ -154,15 +154,7 @@ def open_blobs(
     Nothing is written, so nothing is left behind and nothing conflicts; only ``cleanup_old_versions`` of the version
     that was opened takes the blobs away.
     """
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     check_text("column", column, optional=False)
     chosen = {"indices": indices, "row_ids": row_ids, "addresses": addresses}
     given = {name: _row_numbers(name, values) for name, values in chosen.items() if values is not None}

@@ -39,7 +39,7 @@ from lance_ray.errors import (
     SnapshotChangedError,
     translate_errors,
 )
-from lance_ray.executors import ActorExecutor, Executor, RayExecutor, check_ray_options, checked_ray_args
+from lance_ray.executors import ActorExecutor, Executor, RayExecutor, check_ray_options, checked_ray_args, connect_ray
 from lance_ray.ledger import JobRef, WrittenPath
 from lance_ray.options import (
     CommitOptions,
@@ -174,8 +174,7 @@ class ColumnWorkers:
         """How many workers with state: as asked, or what the cluster runs at once."""
         if self.concurrency is not None:
             return self.concurrency
-        if not ray.is_initialized():
-            ray.init()
+        connect_ray()
         have, args = ray.cluster_resources(), self.ray_remote_args
         cpus, gpus = args.get("num_cpus", 1), args.get("num_gpus")
         slots = [have.get("CPU", 1.0) / cpus] if cpus else []

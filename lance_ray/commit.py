@@ -27,7 +27,7 @@ from typing import Any, ClassVar, cast
 
 import lance
 import pyarrow as pa
-from lance.dataset import LANCE_COMMIT_MESSAGE_KEY
+from lance.dataset import LANCE_COMMIT_MESSAGE_KEY, Index
 from lance.fragment import FragmentMetadata
 from lance.optimize import Compaction, CompactionOptions, RewriteResult
 
@@ -153,13 +153,10 @@ class PutIndex(Operation):
     column: tuple[int, str]
     segments: Sequence[Any]
     replaced: Sequence[Any] = ()
-    checked: bool = True
-    """Whether the column must be there; not where an index is taken away because it is not."""
 
     def base(self, table: PinnedTable) -> lance.LanceDataset:
         """The version that was built on, so that the engine compares with everything since."""
-        if self.checked:
-            self.check(table.open_latest())
+        self.check(table.open_latest())
         return table.open()
 
     def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:  # noqa: ARG002 - see base()
@@ -177,6 +174,49 @@ class PutIndex(Operation):
                 expected=kind,
                 actual=now.get(number, "no such column"),
             )
+
+
+@dataclass(frozen=True)
+class DropIndex(Operation):
+    """An index taken out of the newest version, or only some segments of it.
+
+    Attributes:
+        name: of the index.
+        uuids: of the segments; None for all that it has by then.
+    """
+
+    name: str
+    uuids: frozenset[str] | None = None
+
+    def build(self, base: lance.LanceDataset | None) -> lance.LanceOperation.BaseOperation:
+        """The engine's change of the list of indexes."""
+        assert base is not None  # noqa: S101 - base() of this class opens or raises
+        found = [item for item in described_indices(base) if item.name == self.name]
+        parts = [(item, part) for item in found for part in item.segments]
+        gone = [bare_segment(*pair) for pair in parts if self.uuids is None or str(pair[1].uuid) in self.uuids]
+        if not gone:
+            raise InvalidArgumentError("name", self.name, f"is no index of {base.uri} any more")
+        return lance.LanceOperation.CreateIndex([], gone)
+
+
+def described_indices(dataset: lance.LanceDataset) -> list[Any]:
+    """What the manifest says of the indexes, the engine's own among them."""
+    with translate_errors("read the indexes of", dataset.uri):
+        return list(dataset.describe_indices())
+
+
+def bare_segment(described: Any, part: Any) -> Any:
+    """A segment in the engine's form, as far as the manifest's own description tells."""
+    make: Any = Index  # its stub wants a bitmap where it takes any set
+    return make(
+        uuid=str(part.uuid),
+        name=described.name,
+        fields=list(described.fields),
+        dataset_version=part.dataset_version_at_last_update,
+        fragment_ids=set(part.fragment_ids),
+        index_version=part.index_version,
+        index_details=(described.type_url, b""),
+    )
 
 
 _PLAIN = re.compile(r"[^.`\s]+")
@@ -440,11 +480,11 @@ class RewriteReceipt:
 
 def index_names(dataset: lance.LanceDataset) -> frozenset[str]:
     """The names of the indexes that the user made."""
-    with translate_errors("read the indexes of", dataset.uri):
-        return frozenset(item.name for item in dataset.describe_indices()) - {_REUSE_INDEX}
+    return frozenset(item.name for item in described_indices(dataset)) - {FRAGMENT_REUSE}
 
 
-_REUSE_INDEX = "__lance_frag_reuse"
+FRAGMENT_REUSE = "__lance_frag_reuse"
+"""What the engine keeps of compactions that left the indexes for later."""
 
 
 def commit_rewrites(

@@ -41,7 +41,7 @@ from lance_ray.options import CommitOptions, WriteOptions, pairs
 from lance_ray.preflight import check_cluster
 from lance_ray.retry import RetryPolicy
 from lance_ray.runner import run_tasks
-from lance_ray.table import TableRef, WriteTarget
+from lance_ray.table import TableRef, WriteTarget, address_of
 from lance_ray.write import WriteSpec, WrittenFile, format_of, paths_of, rewrite_file, write_blocks
 
 logger = logging.getLogger(__name__)
@@ -320,15 +320,7 @@ class LanceDatasink(TableSink):
         transaction_properties: dict[str, str] | None = None,
     ) -> None:
         """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
-        address = {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        }
+        address = address_of(locals())
         self._ref = TableRef.fold(uri, address)
         self._given = WriteOptions(
             mode,
@@ -423,15 +415,7 @@ class LanceFragmentCommitter(TableSink):
         transaction_properties: dict[str, str] | None = None,
     ) -> None:
         """See :func:`lance_ray.write_lance`. Resolves and checks the table at once, on the driver."""
-        address = {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        }
+        address = address_of(locals())
         ref = TableRef.fold(uri, address)
         options = WriteOptions(
             mode,

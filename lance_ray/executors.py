@@ -268,7 +268,7 @@ def _stream_attempt(bundle: tuple[Worker[Any, Any], object], task: Any) -> Itera
 
 class _RaySession:
     def __init__(self, executor: RayExecutor, fn: Worker[Any, Any], shared: object) -> None:
-        _connect()
+        connect_ray()
         name = executor.name or name_of(fn)
         options = {**executor.ray_remote_args, "num_returns": "streaming", "max_retries": 0, "name": name}
         self._remote: Any = ray.remote(_stream_attempt).options(**options)
@@ -349,7 +349,7 @@ class ActorExecutor:
 
     def open(self, fn: Worker[Any, Any], shared: object) -> Session:
         """A session with the actors that no other session of this executor is using."""
-        _connect()
+        connect_ray()
         if self._shipped is None or self._shipped[0] is not shared:
             self._shipped = (shared, ray.put((self.make_state, shared)))
         idle, self._idle = self._idle, []
@@ -357,7 +357,7 @@ class ActorExecutor:
 
     def fill(self, seconds: float) -> None:
         """Start the actors that are missing, as far as the cluster has room for them within so many seconds."""
-        _connect()
+        connect_ray()
         make: Any = ray.remote(_Actor).options(**self.actor_options)
         started = [make.remote() for _ in range(self.size - len(self._idle))]
         ready = {actor.__ray_ready__.remote(): actor for actor in started}
@@ -524,7 +524,7 @@ class _PoolSession:
     _POLL_SECONDS = 0.002
 
     def __init__(self, executor: PoolExecutor, fn: Worker[Any, Any], shared: object) -> None:
-        _connect()
+        connect_ray()
         self._pool, self._silent_seconds = executor.pool, executor.silent_seconds
         self._shipped = [ray.put((fn, shared))]
         self._running: dict[Work, Any] = {}
@@ -586,7 +586,8 @@ class _PoolSession:
 _POOL_SIZES = ("_processes", "processes", "_num_processes")
 
 
-def _connect() -> None:
+def connect_ray() -> None:
+    """Start Ray, as its own libraries do, when it is not running."""
     if not ray.is_initialized():
         ray.init()
 

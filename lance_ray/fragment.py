@@ -29,7 +29,7 @@ from lance_ray.datasink import (
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.options import WriteOptions, check_mapping
 from lance_ray.retry import RetryPolicy
-from lance_ray.table import TableRef
+from lance_ray.table import TableRef, address_of
 from lance_ray.write import WriteSpec, WrittenFile, write_blocks
 
 __all__ = ["LanceFragmentCommitter", "LanceFragmentWriter", "write_fragment"]
@@ -113,15 +113,7 @@ class LanceFragmentWriter:
         """
         if transform is not None and not callable(transform):
             raise InvalidArgumentError("transform", transform, "must be callable")
-        address = {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "io_config": io_config,
-            "storage_options": storage_options,
-            "base_store_params": base_store_params,
-        }
+        address = address_of(locals())
         if use_legacy_format and data_storage_version is None:
             data_storage_version = "legacy"
         options = WriteOptions(
@@ -208,15 +200,7 @@ def write_fragment(
     The files of a stream that failed half-way, and those that are never committed, are left behind, in no ledger:
     ``lance_ray.cleanup_old_versions`` removes them in time. Nothing conflicts with what others do before the commit.
     """
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     options = WriteOptions(
         mode or "overwrite",
         schema,

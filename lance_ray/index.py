@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lance.indices import IndexConfig
 
 from lance_ray import commit
 from lance_ray.catalog import LanceRestConfig
+from lance_ray.commit import described_indices
 from lance_ray.errors import InvalidArgumentError, LanceRayError
 from lance_ray.executors import check_ray_options, checked_ray_args
 from lance_ray.index_build import (
@@ -33,7 +35,6 @@ from lance_ray.index_build import (
     TheseFragments,
     Wish,
     all_fragments,
-    described_indices,
     index_column,
     probe,
     taken,
@@ -61,7 +62,6 @@ class IndexJob:
     name: str
     column: str
     kind: IndexKind
-    replace: bool
     train: bool
     options: BuildOptions
     parameters: Mapping[str, Any]
@@ -409,7 +409,7 @@ def fold_index_job(
         raise InvalidArgumentError(decided[0], "given", "belongs to the training, which train=False leaves for later")
     options = dataclasses.replace(options, replace=named.replace)
     name = f"{named.column}_idx" if named.name is None else named.name
-    return IndexJob(ref, name, named.column, named.kind, named.replace, named.train, options, parameters, vector)
+    return IndexJob(ref, name, named.column, named.kind, named.train, options, parameters, vector)
 
 
 def _fold_vector(kind: IndexKind, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -455,24 +455,22 @@ def _wish(job: IndexJob) -> Wish:
     return all_fragments if given is None else TheseFragments(frozenset(given))
 
 
-class settled:  # noqa: N801 - used as a with statement
-    """Keeps the ledger of a build open, and ends it: files that are not in the table go, unless that is not known."""
+@contextmanager
+def settled(ledger: JobRef, build: Build, operation: str) -> Iterator[None]:
+    """Keep the ledger of a build open, and end it: files that are not in the table go, unless that is not known."""
+    try:
+        with ledger.running(operation):
+            yield
+    finally:
+        if not build.unsettled:
+            _end(ledger, build.landed)
 
-    def __init__(self, ledger: JobRef, build: Any, operation: str) -> None:
-        self._ledger, self._build = ledger, build
-        self._running = ledger.running(operation)
 
-    def __enter__(self) -> None:
-        self._running.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._running.__exit__(*exc)
-        if self._build.unsettled:
-            return
-        try:
-            self._ledger.close(self._build.landed)
-        except LanceRayError as failure:  # what the caller must hear is how the build went
-            logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", self._ledger.job_id, failure)
+def _end(ledger: JobRef, landed: int) -> None:
+    try:
+        ledger.close(landed)
+    except LanceRayError as failure:  # what the caller must hear is how the build went
+        logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
 
 
 def define(job: IndexJob, column: Column) -> IndexDef:
@@ -526,7 +524,7 @@ def _default_sub_vectors(dimension: int) -> int:
 def _check_against(table: PinnedTable, job: IndexJob, column: Column) -> None:
     dataset = table.open()
     there = next((item for item in described_indices(newest(table).open()) if item.name == job.name), None)
-    if there is not None and not job.replace:
+    if there is not None and not job.options.replace:
         raise taken(job.name)
     if there is not None and list(there.fields) != [column.id]:
         raise InvalidArgumentError("name", job.name, f"is the name of an index on {', '.join(there.field_names)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import ray
 from lance.indices import IndexConfig
 
 from lance_ray import commit
+from lance_ray.commit import FRAGMENT_REUSE, described_indices
 from lance_ray.errors import (
     CommitConflictError,
     CommitOutcomeUnknownError,
@@ -27,7 +27,7 @@ from lance_ray.errors import (
     tidy,
     translate_errors,
 )
-from lance_ray.executors import Executor, RayExecutor
+from lance_ray.executors import Executor, RayExecutor, connect_ray
 from lance_ray.index_models import Models, Training, Wanted, sample_stats, train
 from lance_ray.ledger import JobRef, WrittenPath, delete_files, trim_segment
 from lance_ray.options import CommitOptions
@@ -133,7 +133,6 @@ class Built:
     segment: Any
     rows: int
     bytes: int
-    seconds: float
 
 
 def build_segment(spec: BuildSpec, task: SegmentTask) -> Built:
@@ -152,7 +151,6 @@ def build_named_segment(spec: BuildSpec, task: tuple[str, SegmentTask]) -> Built
 
 def merge_segments(spec: BuildSpec, task: MergeTask) -> Built:
     """Runs on a worker: several segments as one. What the engine cannot merge is built anew from the rows."""
-    began = time.monotonic()
     merged = None
     if task.alike and not spec.index.one_segment:
         try:
@@ -171,13 +169,11 @@ def merge_segments(spec: BuildSpec, task: MergeTask) -> Built:
         delete_files(spec.table, [written])
         return build_segment(spec, SegmentTask(task.fragments, task.rows))
     made: Any = merged
-    return _checked(
-        spec, dataclasses.replace(made, name=spec.index.name, fragment_ids=set(task.fragments)), task.rows, began
-    )
+    made = dataclasses.replace(made, name=spec.index.name, fragment_ids=set(task.fragments))
+    return _checked(spec, made, task.rows)
 
 
 def _build(spec: BuildSpec, task: SegmentTask, name: str | None) -> Built:
-    began = time.monotonic()
     dataset = _own_handle(spec.table)
     given = spec.index.keywords()
     if name is not None:
@@ -193,7 +189,7 @@ def _build(spec: BuildSpec, task: SegmentTask, name: str | None) -> Built:
             trim_segment(spec.table, str(segment.uuid), [str(file.path) for file in segment.files or ()])
     if str(segment.uuid) != name:
         spec.job.record([WrittenPath.segment(str(segment.uuid))])
-    return _checked(spec, segment, task.rows, began)
+    return _checked(spec, segment, task.rows)
 
 
 def _own_handle(table: PinnedTable) -> lance.LanceDataset:
@@ -205,12 +201,12 @@ def _translated(spec: BuildSpec) -> Any:
     return translate_errors(f"build index {spec.index.name!r} of", spec.table.uri, secrets=spec.table.secrets)
 
 
-def _checked(spec: BuildSpec, segment: Any, rows: int, began: float) -> Built:
+def _checked(spec: BuildSpec, segment: Any, rows: int) -> Built:
     if not spec.job.is_open():
         delete_files(spec.table, [WrittenPath.segment(str(segment.uuid))])
         raise LanceRayError(f"job {spec.job.job_id} was ended while this task was still building")
     size = sum(file.size_bytes or 0 for file in segment.files or ())
-    return Built(segment, rows, size, time.monotonic() - began)
+    return Built(segment, rows, size)
 
 
 # The driver's side.
@@ -290,8 +286,7 @@ def on_cluster(table: PinnedTable, options: BuildOptions, operation: str) -> Whe
     Raises:
         WorkerEnvironmentError: a node cannot do the work.
     """
-    if not ray.is_initialized():
-        ray.init()
+    connect_ray()
     check_cluster([table])
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
     slots = options.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -403,6 +398,9 @@ class Build:
         """How many of those built are in the table."""
         self.rebuilt = 0
         self.unsettled = False
+        """Whether it is not known what became of a commit."""
+        self.outrun = False
+        """Whether the commit landed, and others had made some of it worthless by then."""
 
     def through(self, tasks: Tasks, wanted: Wish) -> commit.CommitReceipt:
         """Build segments over the fragments that are wanted, and put them in the place of all that the index has.
@@ -487,7 +485,7 @@ class Build:
             operation.check(now.open())
         except SchemaMismatchError:
             self.landed = 0
-            withdrawal = commit.PutIndex(operation.column, (), tuple(segments), checked=False)
+            withdrawal = commit.DropIndex(self.index.name, frozenset(str(item.uuid) for item in segments))
             name = f"{self.job.job_id}-withdrawn"
             options = dataclasses.replace(self.options.commit, job_id=name)
             commit.apply(now, withdrawal, options, commit.Landing(name, now.version))
@@ -506,8 +504,7 @@ class Build:
 
     def segments_for(self, tasks: Tasks, stats: FragmentStats) -> list[Any]:
         """Segments that know these fragments."""
-        count = 1 if self.index.one_segment or self.options.index_uuid else self.options.num_segments
-        planned = plan_segments(stats, tasks.slots, count=count, segment_bytes=self.options.segment_bytes)
+        planned = self._planned(tasks, stats)
         if not planned and not self.index.kind.without_rows:
             return self._without_rows(tasks)
         planned = planned or [SegmentTask(())]
@@ -518,6 +515,10 @@ class Build:
             built = tasks.run(build_segment, planned, spec)
         self.built += built
         return [item.segment for item in built]
+
+    def _planned(self, tasks: Tasks, stats: FragmentStats) -> list[SegmentTask]:
+        count = 1 if self.index.one_segment or self.options.index_uuid else self.options.num_segments
+        return plan_segments(stats, tasks.slots, count=count, segment_bytes=self.options.segment_bytes)
 
     def _without_rows(self, tasks: Tasks) -> list[Any]:
         # Built from some fragment, which it then does not know.
@@ -539,9 +540,7 @@ class Build:
     def train(self, tasks: Tasks, fragments: Iterable[int]) -> None:
         """Train what the segments share, where there will be several; a single one is trained as it is built."""
         index, stats = self.index, sample_stats(self.stats(fragments))
-        count = self.options.num_segments
-        several = len(plan_segments(stats, tasks.slots, count=count, segment_bytes=self.options.segment_bytes)) > 1
-        if not index.kind.is_vector or index.one_segment or not several or self.options.index_uuid:
+        if not index.kind.is_vector or len(self._planned(tasks, stats)) < 2:
             return
         dimension = self.column.dimension or 0
         training = Training(
@@ -626,9 +625,6 @@ def outdated(dataset: lance.LanceDataset, segments: Sequence[Any], missing: Iter
     return frozenset(str(item.uuid) for item in useful if item.dataset_version_at_last_update >= oldest)
 
 
-FRAGMENT_REUSE = "__lance_frag_reuse"
-"""What the engine keeps of compactions that left the indexes for later."""
-
 _REWRITTEN = -2  # what the format has in the place of a field whose values are in another file now
 _CREATED = "_row_created_at_version"
 
@@ -676,12 +672,6 @@ class UnknownFragments:
         return all_fragments(dataset) - known
 
 
-def described_indices(dataset: lance.LanceDataset) -> list[Any]:
-    """What the manifest says of the indexes."""
-    with translate_errors("read the indexes of", dataset.uri):
-        return list(dataset.describe_indices())
-
-
 def described_segments(dataset: lance.LanceDataset, name: str) -> list[Any]:
     """What the manifest says of the segments of an index."""
     return [item for found in described_indices(dataset) if found.name == name for item in found.segments]
@@ -714,7 +704,7 @@ def top_of(path: str) -> str:
 
 
 def probe(table: PinnedTable, index: IndexDef) -> None:
-    """Let the engine say, on a table of the same schema without rows, whether it can build such an index.
+    """Let the engine say, on a table of the column with one null in it, whether it can build such an index.
 
     Raises:
         InvalidArgumentError: the column is of a type that the kind does not take, or an option is refused.
@@ -731,17 +721,13 @@ def probe(table: PinnedTable, index: IndexDef) -> None:
         raise InvalidArgumentError("index_type", f"{index.kind.name} on {index.column}", tidy(text)) from error
 
 
-_ENGINE_NAMES = {"INVERTED": "INVERTED", "LABELLIST": "LABEL_LIST"}
-
-
 def kind_of(described: Any) -> IndexKind:
     """The kind of an index of the table.
 
     Raises:
         InvalidArgumentError: it is of a kind that is not built by segments.
     """
-    name = str(described.index_type).upper()
-    name = _ENGINE_NAMES.get(name, name)
+    name = str(described.index_type).upper().replace("LABELLIST", "LABEL_LIST")
     if name not in KINDS:
         raise InvalidArgumentError("name", described.name, f"is a {name} index; known are {sorted(KINDS)}")
     return KINDS[name]

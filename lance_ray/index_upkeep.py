@@ -13,15 +13,14 @@ from typing import Any
 
 import lance
 import ray
-from lance.dataset import Index
 
 from lance_ray import commit
 from lance_ray.catalog import LanceRestConfig
+from lance_ray.commit import FRAGMENT_REUSE, described_indices
 from lance_ray.errors import CommitConflictError, InvalidArgumentError, translate_errors
 from lance_ray.executors import ActorExecutor, check_ray_options, checked_ray_args
 from lance_ray.index import dataset_at, fold_commit, fold_index_ref, report_of, settled
 from lance_ray.index_build import (
-    FRAGMENT_REUSE,
     Build,
     BuildOptions,
     BuildSpec,
@@ -32,7 +31,6 @@ from lance_ray.index_build import (
     UnknownFragments,
     all_fragments,
     build_segment,
-    described_indices,
     index_column,
     kind_name,
     kind_of,
@@ -54,7 +52,6 @@ logger = logging.getLogger(__name__)
 _INTERNAL = "__lance_"
 _UNKNOWN_TO_BUILD = ("lance_tokenizer", "signature_version")
 _PREWARM_ROUNDS = 3
-_DROP_ATTEMPTS = 10
 _START_SECONDS = 60.0
 
 
@@ -304,19 +301,10 @@ def drop_index(
         CommitConflictError, StorageError: it is still there.
     """
     table = newest(fold_index_ref(uri, locals()).pin())
-    for attempt in range(_DROP_ATTEMPTS):
-        described = _described(table.open(), name)
-        removal = commit.PutIndex((-1, ""), (), [_bare(described, item) for item in described.segments], checked=False)
-        options = CommitOptions(job_id=f"drop-{uuid.uuid4().hex}", max_attempts=1)
-        try:
-            receipt = commit.apply(table, removal, options, commit.Landing(options.operation_id, table.version))
-        except CommitConflictError as conflict:
-            if not conflict.retryable or attempt == _DROP_ATTEMPTS - 1:
-                raise
-            table = newest(table)
-        else:
-            return table.open_at(receipt.version)
-    raise AssertionError  # pragma: no cover - the loop returns or raises
+    _described(table.open(), name)
+    options = CommitOptions(job_id=f"drop-{uuid.uuid4().hex}")
+    landing = commit.Landing(options.operation_id, table.version)
+    return table.open_at(commit.apply(table, commit.DropIndex(name), options, landing).version)
 
 
 def prewarm(
@@ -567,11 +555,14 @@ def _change(upkeep: _Upkeep, name: str, operation: str, change: Any) -> IndexRep
         try:
             with settled(ledger, build, operation):
                 receipt = change(build, tasks, described)
-            return report_of(build, receipt, tasks, operation, time.monotonic() - began)
         except CommitConflictError as conflict:
             if not conflict.retryable or attempt == upkeep.options.max_rebuilds:
                 raise
             logger.info("%s of index %s begins anew: %s", operation, name, conflict)
+            continue
+        if not build.outrun or attempt == upkeep.options.max_rebuilds:
+            return report_of(build, receipt, tasks, operation, time.monotonic() - began)
+        logger.info("%s of index %s goes on: others rewrote meanwhile what was indexed", operation, name)
     raise AssertionError  # pragma: no cover - the loop returns or raises
 
 
@@ -604,8 +595,7 @@ def _outdated(build: Build, described: Any, missing: frozenset[int]) -> tuple[fr
 
 def _landed(build: Build, segments: Sequence[Any], replaces: Any) -> Any:
     receipt = build.put(segments, replaces)
-    if build.has_lost(receipt, segments, UnknownFragments(build.index.name)):
-        raise CommitConflictError("others rewrote what was indexed meanwhile", retryable=True)
+    build.outrun = build.has_lost(receipt, segments, UnknownFragments(build.index.name))
     return receipt
 
 
@@ -694,21 +684,7 @@ def _template(build: Build, described: Any) -> Any:
     """A segment of the index in the engine's form, for what all of them share: built of no fragment."""
     if build.index.kind.without_rows:
         return build_segment(BuildSpec(build.table, build.job, build.index), SegmentTask(())).segment
-    return _bare(described, described.segments[0])
-
-
-def _bare(described: Any, part: Any) -> Any:
-    """A segment as far as the manifest's own description tells."""
-    make: Any = Index  # its stub wants a bitmap where it takes any set
-    return make(
-        uuid=str(part.uuid),
-        name=described.name,
-        fields=list(described.fields),
-        dataset_version=part.dataset_version_at_last_update,
-        fragment_ids=set(part.fragment_ids),
-        index_version=part.index_version,
-        index_details=(described.type_url, b""),
-    )
+    return commit.bare_segment(described, described.segments[0])
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from lance_ray.arrow import unify
 from lance_ray.catalog import CatalogClient, LanceRestConfig, NamespaceRef
 from lance_ray.errors import InvalidArgumentError, TableNotFoundError
 from lance_ray.options import CommitOptions, WriteOptions, check_flag, check_schema, check_text, pairs, strings
-from lance_ray.table import TableRef, check_rest_config, fold_table_id
+from lance_ray.table import TableRef, address_of, check_rest_config, fold_table_id
 from lance_ray.writing import WriteJob, WriteReport, write_here
 
 
@@ -124,15 +124,7 @@ def create_table(
     """
     ref = TableRef.fold(
         uri,
-        {
-            "table_id": table_id,
-            "namespace_impl": namespace_impl,
-            "namespace_properties": namespace_properties,
-            "rest_config": rest_config,
-            "storage_options": storage_options,
-            "io_config": io_config,
-            "base_store_params": base_store_params,
-        },
+        address_of(locals()),
     )
     tables = _tables(data, schema)
     options = WriteOptions(
@@ -250,15 +242,7 @@ def describe_table(
         TableNotFoundError: the catalog has no such table. One that is declared and not written has no version.
         StorageError: the catalog or the store failed.
     """
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "storage_options": storage_options,
-        "io_config": io_config,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     return _described(TableRef.fold(uri, address))
 
 

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from ray.data import Dataset, TaskPoolStrategy
 
 from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_dataset, check_sendable, checked_ray_args
+from lance_ray.executors import check_dataset, check_sendable, checked_ray_args, connect_ray
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
 from lance_ray.options import ScanOptions, check_flag, check_mapping, check_positive, check_text
 from lance_ray.preflight import check_cluster
 from lance_ray.read import ReadSpec
 from lance_ray.search import SearchWorkers, choose_index, ranked_spec, scanner_options_of, search_rows
-from lance_ray.table import PinnedTable, TableRef
+from lance_ray.table import PinnedTable, TableRef, address_of
 
 _FLAT_QUERIES, _INDEX_QUERIES = 256, 64
 """Queries that are searched together: one pass over rows without an index serves all, an index is asked for each."""
@@ -146,15 +145,7 @@ def nearest_join(
     remote_args = checked_ray_args(ray_remote_args)
     if given := sorted({"column", "q", "k"} & set(nearest or ())):
         raise InvalidArgumentError("nearest", given, "are keywords of nearest_join")
-    address = {
-        "table_id": table_id,
-        "namespace_impl": namespace_impl,
-        "namespace_properties": namespace_properties,
-        "rest_config": rest_config,
-        "io_config": io_config,
-        "storage_options": storage_options,
-        "base_store_params": base_store_params,
-    }
+    address = address_of(locals())
     check_sendable("filter", filter)
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
     check_text("column", column, optional=False)
@@ -169,8 +160,7 @@ def nearest_join(
     join = JoinSpec(spec, on, output, explode, prefix)
     check_dataset(ds)
     _check_names(ds, join)
-    if not ray.is_initialized():
-        ray.init()
+    connect_ray()
     check_cluster([table])
     index = choose_index(table.open(), column, nearest or {}, None)
     batch: Any = join_batch  # Ray declares functions of one argument only

@@ -15,7 +15,7 @@ from typing import Any, Self
 import ray
 
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import ActorExecutor, Executor, PoolExecutor, checked_ray_args
+from lance_ray.executors import ActorExecutor, Executor, PoolExecutor, checked_ray_args, connect_ray
 from lance_ray.options import check_flag, check_positive
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ class WarmWorkers:
         if self._closed:
             raise InvalidArgumentError("pool", self, "was closed")
         if self._executor is None:
-            if not ray.is_initialized():
-                ray.init()
+            connect_ray()
             self._processes = self._processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
             self._executor = ActorExecutor(self._processes, None, self._args)
         return self._executor

@@ -22,7 +22,7 @@ import ray
 
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import Executor, LocalExecutor, RayExecutor, checked_ray_args
+from lance_ray.executors import Executor, LocalExecutor, RayExecutor, checked_ray_args, connect_ray
 from lance_ray.nearest import (
     DISTANCE,
     QUERY_INDEX,
@@ -108,8 +108,7 @@ class SearchWorkers:
         if not self.asked and cost <= self.threads_bytes:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             return LocalExecutor(threads), threads
-        if not ray.is_initialized():
-            ray.init()
+        connect_ray()
         at_once = self.num_workers or getattr(self.pool, "processes", None)
         slots = at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
         if self.pool is not None:

@@ -31,7 +31,7 @@ from lance_ray.errors import (
 from lance_ray.executors import check_dataset, check_ray_options
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
-from lance_ray.table import PinnedTable, TableRef, WriteTarget
+from lance_ray.table import PinnedTable, TableRef, WriteTarget, address_of
 from lance_ray.write import WriteSpec, WrittenFile, write_blocks
 
 logger = logging.getLogger(__name__)
@@ -181,15 +181,7 @@ def write_lance(
     job = WriteJob(
         TableRef.fold(
             uri,
-            {
-                "table_id": table_id,
-                "namespace_impl": namespace_impl,
-                "namespace_properties": namespace_properties,
-                "rest_config": rest_config,
-                "io_config": io_config,
-                "storage_options": storage_options,
-                "base_store_params": base_store_params,
-            },
+            address_of(locals()),
             open_options=OpenOptions(commit_lock=commit_lock),
         ),
         WriteOptions(

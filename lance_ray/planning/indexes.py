@@ -210,19 +210,6 @@ def default_partitions(kind: IndexKind, rows: int, target_rows: int | None = Non
     return min(4096, max(1, rows // (target_rows or kind.target_rows)))
 
 
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """What of the table an index must know, and which fragments its segments know."""
-
-    wanted: frozenset[int]
-    known: frozenset[int]
-
-    @property
-    def missing(self) -> frozenset[int]:
-        """Fragments that no segment knows."""
-        return self.wanted - self.known
-
-
 def standing(planned: Mapping[int, object], newest: Mapping[int, object]) -> frozenset[int]:
     """Fragments whose column is still stored as it was when the segments were built.
 

@@ -570,7 +570,7 @@ def test_an_index_that_landed_after_its_column_went_is_taken_away_again(plain, m
     send = commit._send
 
     def late(table: Any, base: Any, transaction: Any, operation: Any, *rest: Any) -> Any:
-        if isinstance(operation, commit.PutIndex) and operation.checked:
+        if isinstance(operation, commit.PutIndex):
             if act == "drop":
                 lance.dataset(plain).drop_columns(["id"])
             else:
