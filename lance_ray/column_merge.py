@@ -64,6 +64,7 @@ from lance_ray.errors import (
     unwrap,
 )
 from lance_ray.executors import check_dataset
+from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import (
     CommitOptions,
@@ -276,7 +277,7 @@ def by_ray_data(job: ColumnJob, spec: ColumnSpec, fragments: Sequence[int]) -> l
         apply = {"fn": _Apply, "fn_constructor_args": (spec,), "concurrency": job.workers.slots()}
     elif job.workers.concurrency is not None:
         apply["concurrency"] = job.workers.concurrency
-    computed = source.map_batches(
+    computed = start_in_full(source).map_batches(
         **apply,
         batch_format="pyarrow",
         batch_size=rows_of_batch(spec, table.open(), output),
@@ -410,7 +411,7 @@ class _Merge:
         """Group, check, write, commit."""
         spec, workers = self._spec, self._options.workers
         at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
-        routed = ds.map_batches(
+        routed = start_in_full(ds).map_batches(
             route,
             fn_kwargs={"spec": spec},
             batch_format="pyarrow",

@@ -23,6 +23,7 @@ from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options, check_sendable
+from lance_ray.full_start import start_in_full
 from lance_ray.memory import keep_freed_memory, object_store_share
 from lance_ray.options import (
     PlanOptions,
@@ -616,7 +617,7 @@ def read_lance(
         override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
         **_remote_args(ray_remote_args, named),
     )
-    return dataset
+    return start_in_full(dataset)
 
 
 def _check_remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_dataset, check_sendable, checked_ray_args, connect_ray
+from lance_ray.full_start import start_in_full
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
 from lance_ray.options import ScanOptions, check_flag, check_mapping, check_positive, check_text
@@ -164,7 +165,7 @@ def nearest_join(
     check_cluster([table])
     index = choose_index(table.open(), column, nearest or {}, None)
     batch: Any = join_batch  # Ray declares functions of one argument only
-    joined: Dataset = ds.map_batches(
+    joined: Dataset = start_in_full(ds).map_batches(
         batch,
         fn_kwargs={"join": join},
         batch_format="pyarrow",
