@@ -70,6 +70,7 @@ def test_blobs_come_out_as_bytes_marked_as_blobs(table: str):
 
 def test_blobs_come_out_as_descriptors_under_the_name_in_ray_data(table: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray.data, "read_datasource", lambda source, **_: source)
+    monkeypatch.setattr("lance_ray.datasource.start_in_full", lambda dataset: dataset)
     read: Any = ray.data.read_lance
     assert run_here(read(table)).equals(lance.dataset(table).to_table())
     assert column(run_here(read(table, blobs="bytes"))) == VALUES

@@ -763,6 +763,7 @@ def test_options_of_ray_reach_the_tasks_by_name_and_win_over_the_dict(table: Pat
     given: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "read_datasource", lambda source, **options: given.append(options))
+        patch.setattr("lance_ray.datasource.start_in_full", lambda dataset: dataset)
         lance_ray.read_lance(table, num_cpus=0.5, max_calls=3, ray_remote_args={"num_cpus": 2, "memory": 9})
         lance_ray.read_lance(table, concurrency=2, ray_remote_args={"max_retries": 1})
 
