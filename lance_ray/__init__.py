@@ -25,6 +25,7 @@ version) and *commit* (one module), and each question has one file:
 ``runner``            tasks of its own: a bounded window, retried by type, cancelled together
 ``executors``         where they run: threads, Ray tasks, Ray actors
 ``memory``            what workers do with memory that they have freed; how much of the object store a task fills
+``full_start``        executions of Ray Data that begin with all CPUs, not with one task
 ``preflight``         whether every node can do the work
 ``ledger``            which files a running job has written; what a dead one left
 ``commit``            the only place that commits: committed, not committed, or unknown

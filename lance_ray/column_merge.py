@@ -64,7 +64,8 @@ from lance_ray.errors import (
     translate_errors,
     unwrap,
 )
-from lance_ray.executors import check_dataset
+from lance_ray.executors import check_dataset, unnamed_options
+from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import (
     CommitOptions,
@@ -281,12 +282,13 @@ def by_ray_data(job: ColumnJob, spec: ColumnSpec, fragments: Sequence[int]) -> l
     if spec.transform.is_stateful:
         actors = ActorPoolStrategy(size=job.workers.slots())
         apply = {"fn": _Apply, "fn_constructor_args": (spec,), "compute": actors}
-    computed = source.map_batches(
-        **apply,
-        batch_format="pyarrow",
-        batch_size=rows_of_batch(spec, table.open(), output),
-        **job.workers.ray_remote_args,
-    )
+    with unnamed_options():
+        computed = start_in_full(source).map_batches(
+            **apply,
+            batch_format="pyarrow",
+            batch_size=rows_of_batch(spec, table.open(), output),
+            **job.workers.ray_remote_args,
+        )
     merging = MergeSpec(table, spec.job, ("_rowaddr",), output, full=spec.filter is None, update=False)
     plain = {key: value for key, value in job.workers.ray_remote_args.items() if key != "num_gpus"}
     merging_workers = dataclasses.replace(job.workers, ray_remote_args=plain)
@@ -498,14 +500,15 @@ class _Merge:
     def run(self, ds: Any, batch_size: int | None, started: float) -> ColumnsReport:
         """Group, check, write, commit."""
         spec, workers = self._spec, self._options.workers
-        routed = ds.map_batches(
-            route,
-            fn_kwargs={"spec": spec},
-            batch_format="pyarrow",
-            batch_size=batch_size,
-            compute=workers.tasks,
-            **workers.ray_remote_args,
-        )
+        with unnamed_options():
+            routed = start_in_full(ds).map_batches(
+                route,
+                fn_kwargs={"spec": spec},
+                batch_format="pyarrow",
+                batch_size=batch_size,
+                compute=workers.tasks,
+                **workers.ray_remote_args,
+            )
         outcomes = grouped(routed, spec, workers, progress=self._options.progress)
         self._results = results_of(outcomes, spec, list(spec.table.open().fragment_ids()))
         version = self._commit()
@@ -577,7 +580,7 @@ def grouped(
     settings: dict[str, Any] = {"shuffle_strategy": ShuffleStrategy.SORT_SHUFFLE_PULL_BASED}
     if progress is False:
         settings["enable_progress_bars"] = False
-    with _running(routed.context, **settings):
+    with _running(routed.context, **settings), unnamed_options():
         merged = routed.groupby(by).map_groups(
             each or merge_group,
             fn_kwargs={"spec": spec},

@@ -22,7 +22,8 @@ from lance_ray.arrow import row_width, unify
 from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_ray_options, check_sendable
+from lance_ray.executors import check_ray_options, check_sendable, unnamed_options
+from lance_ray.full_start import start_in_full
 from lance_ray.memory import keep_freed_memory, object_store_share
 from lance_ray.options import (
     PlanOptions,
@@ -620,13 +621,14 @@ def read_lance(
     ]
     tables = [ref.pin() for ref in refs]
     check_cluster(tables)
-    dataset: Dataset = ray.data.read_datasource(
-        make_datasource(tables, scan_options, plan),
-        concurrency=concurrency,
-        override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
-        **_remote_args(ray_remote_args, named),
-    )
-    return dataset
+    with unnamed_options():
+        dataset: Dataset = ray.data.read_datasource(
+            make_datasource(tables, scan_options, plan),
+            concurrency=concurrency,
+            override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
+            **_remote_args(ray_remote_args, named),
+        )
+    return start_in_full(dataset)
 
 
 def _check_remote_args(remote_args: dict[str, Any] | None, named: dict[str, Any]) -> None:

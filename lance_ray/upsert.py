@@ -38,7 +38,8 @@ from lance_ray.errors import (
     SchemaMismatchError,
     translate_errors,
 )
-from lance_ray.executors import RayExecutor, check_dataset, connect_ray
+from lance_ray.executors import RayExecutor, check_dataset, connect_ray, unnamed_options
+from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, WriteOptions, check_flag, check_positive, check_text, pairs
 from lance_ray.predicates import key_condition
@@ -262,14 +263,15 @@ def _check_open(job: JobRef) -> None:
 def _written(spec: MergeSpec, ds: Any, options: MergeOptions) -> list[dict[str, Any]]:
     """What :func:`merge_group` says of each group of keys."""
     workers = options.workers
-    routed = ds.map_batches(
-        route,
-        fn_kwargs={"spec": spec},
-        batch_format="pyarrow",
-        batch_size=None,
-        compute=workers.tasks,
-        **workers.ray_remote_args,
-    )
+    with unnamed_options():
+        routed = start_in_full(ds).map_batches(
+            route,
+            fn_kwargs={"spec": spec},
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=workers.tasks,
+            **workers.ray_remote_args,
+        )
     return grouped(routed, spec, workers, progress=options.progress, by=_GROUP, each=merge_group)
 
 

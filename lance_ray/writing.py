@@ -29,6 +29,7 @@ from lance_ray.errors import (
     unwrap,
 )
 from lance_ray.executors import check_dataset, check_ray_options
+from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
 from lance_ray.table import PinnedTable, TableRef, WriteTarget, address_of
@@ -317,7 +318,8 @@ def _run_tasks(job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptio
     sink = TableSink(spec, options)
     try:
         sink.fallback_schema = _checked_schema(ds, spec)
-        ds.write_datasink(sink, ray_remote_args=dict(job.ray_remote_args or {}), concurrency=job.concurrency)
+        remote_args = dict(job.ray_remote_args or {})
+        start_in_full(ds).write_datasink(sink, ray_remote_args=remote_args, concurrency=job.concurrency)
     except BaseException as error:
         # Ctrl-C does not reach on_write_failed; whatever it was goes on to the caller, in the package's own type.
         sink.abandon(error)

@@ -56,6 +56,7 @@ def source_of(*args: Any, **kwargs: Any) -> LanceDatasource:
     """What ``read_lance`` with these arguments hands to Ray. Starts no Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "read_datasource", lambda source, **_: source)
+        patch.setattr("lance_ray.datasource.start_in_full", lambda dataset: dataset)
         source: Any = lance_ray.read_lance(*args, **kwargs)
     assert isinstance(source, LanceDatasource)
     return source

@@ -790,9 +790,11 @@ def test_options_of_ray_reach_the_tasks_by_name_and_win_over_the_dict(table: Pat
     given: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "read_datasource", lambda source, **options: given.append(options))
+        patch.setattr("lance_ray.datasource.start_in_full", lambda dataset: dataset)
         lance_ray.read_lance(table, num_cpus=0.5, max_calls=3, ray_remote_args={"num_cpus": 2, "memory": 9})
         lance_ray.read_lance(table, concurrency=2, ray_remote_args={"max_retries": 1})
 
     assert [given[0][name] for name in ("num_cpus", "max_calls", "memory", "ray_remote_args")] == [0.5, 3, 9, None]
     assert [given[1][name] for name in ("concurrency", "ray_remote_args")] == [2, {"max_retries": 1}]
-    assert read(table, num_cpus=0.5, ray_remote_args={"memory": 10_000_000}).num_rows == 970
+    further = {"memory": 10_000_000, "scheduling_strategy": "SPREAD"}  # the last has no name there: no warning of it
+    assert read(table, num_cpus=0.5, ray_remote_args=further).num_rows == 970
