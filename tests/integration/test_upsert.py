@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import ray
 
 import lance_ray
-from lance_ray import upsert
+from lance_ray import commit, upsert
 from lance_ray.errors import (
     CommitConflictError,
     InvalidArgumentError,
@@ -224,6 +225,48 @@ def test_a_failed_merge_leaves_the_table_as_it_was(uri: str, monkeypatch: pytest
         merge(uri, rows([3, 60], "new"))
     assert texts(uri) == OLD
     assert data_files(uri) == before
+
+
+def test_an_answer_of_the_commit_that_is_lost_is_found_in_the_table(uri: str, monkeypatch: pytest.MonkeyPatch):
+    send = commit._send
+
+    def lose(*args: Any) -> None:
+        send(*args)
+        raise StorageError("connection reset", kind="transient")
+
+    monkeypatch.setattr(commit, "_send", lose)
+    report = merge(uri, rows([3, 60], "new"), return_report=True)
+    assert texts(uri) == {**OLD, 3: "new 3", 60: "new 60"}
+    assert (report.updated, report.inserted, report.version) == (1, 1, lance.dataset(uri).version)
+    assert_nothing_left_over(uri)
+
+
+def test_an_interrupt_before_the_commit_leaves_the_table_as_it_was(uri: str, monkeypatch: pytest.MonkeyPatch):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    before = data_files(uri)
+    while_it_runs(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(uri, rows([3, 60], "new"))
+    assert texts(uri) == OLD
+    assert data_files(uri) == before
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_nothing_but_time(tmp_path: Path):
+    uri, marker = table_at(tmp_path / "t"), tmp_path / "killed"
+
+    def kill_once(batch: pa.Table) -> pa.Table:
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), 9)
+        return batch
+
+    source = ray.data.from_arrow([rows([3, 60], "new"), rows([15], "new")])
+    lance_ray.merge_into(source.map_batches(kill_once, batch_format="pyarrow"), uri, on="id", progress=False)
+    assert texts(uri) == {**OLD, **{item: f"new {item}" for item in (3, 15, 60)}}
+    assert marker.exists()
 
 
 @pytest.mark.parametrize(
