@@ -55,7 +55,7 @@ def texts(uri: str) -> dict[int, str]:
     return told
 
 
-def merge(uri: str, *blocks: pa.Table, **options: Any) -> Any:
+def merge(uri: Any, *blocks: pa.Table, **options: Any) -> Any:
     return lance_ray.merge_into(ray.data.from_arrow(list(blocks)), uri, on="id", progress=False, **options)
 
 
@@ -123,6 +123,16 @@ def test_a_key_that_comes_twice_is_refused_wherever_its_rows_are(uri: str):
     assert versions(uri) == before
     assert data_files(uri) == files
     assert_nothing_left_over(uri)
+
+
+def test_an_opened_branch_is_merged_into_and_the_main_line_is_not(uri: str):
+    before = (versions(uri), texts(uri))
+    branch = lance.dataset(uri).create_branch("draft")
+    report = merge(branch, rows([3, 60], "new"), return_report=True)
+    found = lance.dataset(uri).checkout_version(("draft", None))
+    assert found.version == report.version == branch.version + 1
+    assert set(found.to_table(filter="id IN (3, 60)")["text"].to_pylist()) == {"new 3", "new 60"}
+    assert (versions(uri), texts(uri)) == before
 
 
 def test_no_rows_commit_nothing(uri: str):
