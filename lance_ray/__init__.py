@@ -36,6 +36,7 @@ version) and *commit* (one module), and each question has one file:
 ``datasource``        ``read_lance`` and Ray's Datasource
 ``write``             the worker side of writing
 ``datasink``          Ray's Datasinks: blocks to files, files to one commit
+``block_refs``        datasets of very many small blocks, written from references
 ``writing``           ``write_lance``: a write as tasks, as a stream, or in this process
 ``fragment``          writers made by hand
 ``cleanup``           ``cleanup_orphans``
