@@ -39,13 +39,15 @@ version) and *commit* (one module), and each question has one file:
 ``block_refs``        datasets of very many small blocks, written from references
 ``writing``           ``write_lance``: a write as tasks, as a stream, or in this process
 ``fragment``          writers made by hand
+``fragment_pickles``  what rows of lance-ray's own writer tell, read without running what they name
 ``cleanup``           ``cleanup_orphans``
 ``namespaces``        catalogs for users: connect, create, register, list, describe, drop
 ``transforms``        what computes columns: SQL, functions, classes
 ``fingerprints``      what tells one of those from another across processes
 ``column_commits``    what a change of columns commits, and what it makes of changes by others
 ``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
-``column_merge``      ``merge_columns_from``, ``add_columns_from``: values from a Ray Dataset
+``column_merge``      ``merge_columns_from``, ``add_columns_from``, ``update_columns_from``: values from a Ray Dataset
+``upsert``            ``merge_into``: rows replaced by key, and others added
 ``changes``           ``drop_columns``, ``alter_columns``, ``delete``, ``restore``
 ``vectors``           which rows may be the nearest of many queries: a matrix product, and what rounding does to it
 ``nearest``           the worker side of a vector search: one shard of it
@@ -59,9 +61,9 @@ version) and *commit* (one module), and each question has one file:
 ``index_models``      what segments of a vector index share: trained from samples, read from segments
 ``index_upkeep``      ``refresh_index``, ``optimize_indices``, ``list_indices``, ``drop_index``, ``prewarm``
 ``compaction``        ``compact_files`` and its worker side
-``maintenance``       ``compact_database``, ``cleanup_old_versions``
+``maintenance``       ``compact_database``, ``cleanup_old_versions``, ``cleanup_database_old_versions``
 ``health``            ``table_health``
-``cli``, ``cli_copy`` the command line ``lance-ray``, which starts in ``__main__``
+``cli``, ``cli_copy`` the command line ``lance-ray``, which starts in ``__main__``; ``cli_cluster`` runs a call there
 ``ray_patch``         ``ray.data.read_lance`` and ``Dataset.write_lance``
 ``io``, ``pool``,     lance-ray's modules of these names, for code that imports from them
 ``pandas``
@@ -76,7 +78,7 @@ from lance_ray.blobs import BlobHandle, open_blobs
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
-from lance_ray.column_merge import add_columns_from, merge_columns_from
+from lance_ray.column_merge import add_columns_from, merge_columns_from, update_columns_from
 from lance_ray.columns import ColumnsReport, add_columns, merge_columns, update_columns
 from lance_ray.compaction import (
     CompactionFailure,
@@ -121,8 +123,10 @@ from lance_ray.index_upkeep import (
 from lance_ray.ledger import CleanupReport
 from lance_ray.lookup import take
 from lance_ray.maintenance import (
+    TableCleanup,
     TableCompaction,
     VersionCleanupReport,
+    cleanup_database_old_versions,
     cleanup_old_versions,
     compact_database,
 )
@@ -143,6 +147,7 @@ from lance_ray.ray_patch import patch_ray_data, patch_unless_switched_off, resto
 from lance_ray.search import vector_search
 from lance_ray.stores import AzureConfig, GCSConfig, IOConfig, OSSConfig, S3Config
 from lance_ray.text_search import full_text_search, hybrid_search
+from lance_ray.upsert import MergeReport, merge_into
 from lance_ray.writing import WriteReport, write_lance
 
 __version__ = "0.1.0"
@@ -169,6 +174,7 @@ __all__ = [
     "LanceFragmentWriter",
     "LanceRayError",
     "LanceRestConfig",
+    "MergeReport",
     "OSSConfig",
     "OperationFailedError",
     "PlannedRewrite",
@@ -178,6 +184,7 @@ __all__ = [
     "SchemaMismatchError",
     "SnapshotChangedError",
     "StorageError",
+    "TableCleanup",
     "TableCompaction",
     "TableDescription",
     "TableExistsError",
@@ -194,6 +201,7 @@ __all__ = [
     "add_columns",
     "add_columns_from",
     "alter_columns",
+    "cleanup_database_old_versions",
     "cleanup_old_versions",
     "cleanup_orphans",
     "clear_global_pool",
@@ -218,6 +226,7 @@ __all__ = [
     "list_tables",
     "merge_columns",
     "merge_columns_from",
+    "merge_into",
     "nearest_join",
     "open_blobs",
     "optimize_indices",
@@ -233,6 +242,7 @@ __all__ = [
     "table_health",
     "take",
     "update_columns",
+    "update_columns_from",
     "vector_search",
     "write_lance",
 ]

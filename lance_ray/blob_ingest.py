@@ -11,7 +11,7 @@ import pyarrow as pa
 from ray.data import Dataset, TaskPoolStrategy
 
 from lance_ray.errors import InvalidArgumentError, StorageError, redact, storage_error_kind
-from lance_ray.executors import check_dataset, check_ray_options
+from lance_ray.executors import check_dataset, check_ray_options, unnamed_options
 from lance_ray.full_start import start_in_full
 from lance_ray.options import BLOB_BATCH_BYTES, check_mapping, check_positive
 from lance_ray.retry import RetryPolicy, is_interruption
@@ -98,14 +98,15 @@ def ingest_blobs(
     check_ray_options(None if num_cpus is None else {"num_cpus": num_cpus}, "num_cpus")
     check_positive("concurrency", concurrency)
     check_dataset(ds)
-    return start_in_full(ds).map_batches(
-        _Fetch(asked),
-        batch_format="pyarrow",
-        batch_size=_ROWS_AT_ONCE,
-        zero_copy_batch=True,
-        compute=TaskPoolStrategy(concurrency),
-        **{**(ray_remote_args or {}), **({} if num_cpus is None else {"num_cpus": num_cpus})},
-    )
+    with unnamed_options():
+        return start_in_full(ds).map_batches(
+            _Fetch(asked),
+            batch_format="pyarrow",
+            batch_size=_ROWS_AT_ONCE,
+            zero_copy_batch=True,
+            compute=TaskPoolStrategy(concurrency),
+            **{**(ray_remote_args or {}), **({} if num_cpus is None else {"num_cpus": num_cpus})},
+        )
 
 
 @dataclass(frozen=True)

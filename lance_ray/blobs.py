@@ -270,13 +270,14 @@ def filled(dataset: lance.LanceDataset, spec: ReadSpec, table: pa.Table) -> Iter
         StorageError: a blob cannot be read, after the retries of the spec.
     """
     columns = spec.read_blobs
-    if not columns or not table.num_rows:
+    if not columns:
         yield table
         return
     parts = [_Part.of(dataset, spec, column, table) for column in columns]
     lengths = np.sum([part.lengths for part in parts], axis=0)
     handles = spec.scan.blobs == "handles"
-    for start, stop in [(0, table.num_rows)] if handles else _cuts(lengths, spec.scan.blob_batch_bytes):
+    whole = handles or not table.num_rows  # no rows, too, come out with the types that were asked for
+    for start, stop in [(0, table.num_rows)] if whole else _cuts(lengths, spec.scan.blob_batch_bytes):
         rows = table.slice(start, stop - start)
         for part in parts:
             values = part.handles(spec, start, stop) if handles else part.payload(dataset, spec, start, stop)

@@ -29,7 +29,7 @@ from lance_ray.errors import (
     UnsupportedCallError,
     redact,
 )
-from lance_ray.options import Pairs, pairs
+from lance_ray.options import Pairs, check_mapping, normalize_uri, pairs
 
 CALL_SECONDS = 120.0
 """How long one answer of a namespace is waited for, where nothing else is said."""
@@ -98,7 +98,11 @@ class NamespaceRef:
         if isinstance(impl, NamespaceRef):
             return impl
         if isinstance(impl, str) and impl:
-            return cls(impl, pairs(properties, "namespace_properties") or ())
+            check_mapping("namespace_properties", properties)
+            given = dict(properties or {})
+            if impl == "dir" and isinstance(given.get("root"), (str, os.PathLike)):
+                given["root"] = normalize_uri(given["root"], "namespace_properties")  # the same on every node
+            return cls(impl, pairs(given, "namespace_properties") or ())
         if not callable(getattr(impl, "describe_table", None)):
             allowed = "must be the name of an implementation, a class path, or a connected namespace"
             raise InvalidArgumentError("namespace_impl", type(impl).__name__, allowed)

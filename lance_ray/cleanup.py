@@ -9,8 +9,12 @@ from lance_ray import commit
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import TableNotFoundError
 from lance_ray.ledger import CleanupReport, cleanup_jobs
+from lance_ray.maintenance import cleanup_database_old_versions, cleanup_old_versions
 from lance_ray.options import check_flag
 from lance_ray.table import TableRef, address_of
+
+# lance-ray has the other two in its module of this name.
+__all__ = ["cleanup_database_old_versions", "cleanup_old_versions", "cleanup_orphans"]
 
 
 def cleanup_orphans(

@@ -42,6 +42,8 @@ from ray.data import DataContext
 from ray.data.exceptions import SystemException
 
 import lance_ray
+from lance_ray.catalog import NamespaceRef
+from lance_ray.cli_cluster import call_there
 from lance_ray.cli_copy import Files, Source, check_options, format_of, no_empty_folder
 from lance_ray.errors import (
     CommitConflictError,
@@ -55,6 +57,7 @@ from lance_ray.errors import (
     VersionNotFoundError,
     unwrap,
 )
+from lance_ray.options import normalize_uri
 
 FAILED, BAD_ARGUMENT, NOT_FOUND, CONFLICT, STORAGE, UNKNOWN, PARTIAL, NEEDS_CARE, INTERRUPTED = *range(1, 9), 130
 _CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -136,6 +139,7 @@ Filter = Annotated[str | None, typer.Option("--filter", help="SQL filter, before
 def info(
     table: Table = None,
     *,
+    address: Address = None,
     storage_option: StorageOptions = None,
     namespace_impl: NamespaceImpl = None,
     namespace_property: NamespaceProperties = None,
@@ -144,14 +148,14 @@ def info(
 ) -> None:
     """Show where a table is, its newest version, its columns and its indices."""
     with _told(as_json):
-        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
-        found = lance_ray.describe_table(**address)
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        found = _called(address, lance_ray.describe_table, where)
         lines = [str(found)]
         told = _plain(found) | {"fragments": 0, "bytes": 0, "indices": []}
         if table_id is None:
             del told["table_id"]
         if found.version is not None:
-            health = lance_ray.table_health(**address)
+            health = _called(address, lance_ray.table_health, where)
             told |= {"fragments": len(health.fragments), "bytes": health.bytes, "indices": _plain(health.indices)}
             lines += [f"  {item.name}: {item.type}" for item in found.schema or ()]
             lines += [f"  {len(health.fragments):,} fragment(s), {health.bytes / 1e6:,.1f} MB"]
@@ -168,6 +172,7 @@ def health(
     compaction_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Such as target_rows_per_fragment=1000000.")
     ] = None,
+    address: Address = None,
     storage_option: StorageOptions = None,
     namespace_impl: NamespaceImpl = None,
     namespace_property: NamespaceProperties = None,
@@ -176,10 +181,9 @@ def health(
 ) -> None:
     """Show fragments, deleted rows and index coverage, and what a compaction would do."""
     with _told(as_json):
-        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
-        found = lance_ray.table_health(
-            **address, version=_version(version), compaction_options=_values("--compaction-option", compaction_option)
-        )
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        asked = {"version": _version(version), "compaction_options": _values("--compaction-option", compaction_option)}
+        found = _called(address, lance_ray.table_health, where | asked)
         totals = {"rows": found.rows, "deleted_rows": found.deleted_rows, "bytes": found.bytes}
         _print(_plain(found) | totals | {"small_files": found.small_files}, str(found), as_json)
     if check and found.compaction is not None:
@@ -236,6 +240,7 @@ def cleanup(
         bool, typer.Option("--orphans", help="Remove what killed jobs left, instead of old versions.")
     ] = False,
     dry_run: DryRun = False,
+    address: Address = None,
     storage_option: StorageOptions = None,
     namespace_impl: NamespaceImpl = None,
     namespace_property: NamespaceProperties = None,
@@ -244,16 +249,12 @@ def cleanup(
 ) -> None:
     """Remove old versions with the files that only they need, or (--orphans) the files of killed jobs."""
     with _told(as_json):
-        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id) | {"dry_run": dry_run}
         if orphans and (older_than is not None or retain_versions is not None):
             raise InvalidArgumentError("--orphans", True, "has nothing to do with --older-than and --retain-versions")
-        report: Any = (
-            lance_ray.cleanup_orphans(**address, dry_run=dry_run)
-            if orphans
-            else lance_ray.cleanup_old_versions(
-                **address, older_than=_age(older_than), retain_versions=retain_versions, dry_run=dry_run
-            )
-        )
+        chosen = {} if orphans else {"older_than": _age(older_than), "retain_versions": retain_versions}
+        function = lance_ray.cleanup_orphans if orphans else lance_ray.cleanup_old_versions
+        report = _called(address, function, where | chosen)
         _print(_plain(report), str(report), as_json)
 
 
@@ -366,6 +367,7 @@ def index_drop(
     table: Table = None,
     *,
     name: Annotated[str, typer.Option(help="Name of the index.")],
+    address: Address = None,
     storage_option: StorageOptions = None,
     namespace_impl: NamespaceImpl = None,
     namespace_property: NamespaceProperties = None,
@@ -374,8 +376,8 @@ def index_drop(
 ) -> None:
     """Drop an index; older versions keep it."""
     with _told(as_json):
-        address = _address(table, storage_option, namespace_impl, namespace_property, table_id)
-        version = lance_ray.drop_index(**address, name=name).version
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        version = _called(address, lance_ray.drop_index, where | {"name": name}).version
         _print({"name": name, "version": version}, f"{name}: dropped in version {version}", as_json)
 
 
@@ -383,6 +385,7 @@ def index_drop(
 def index_list(
     table: Table = None,
     *,
+    address: Address = None,
     storage_option: StorageOptions = None,
     namespace_impl: NamespaceImpl = None,
     namespace_property: NamespaceProperties = None,
@@ -391,7 +394,8 @@ def index_list(
 ) -> None:
     """List indexes, and how many rows each knows."""
     with _told(as_json):
-        found = lance_ray.list_indices(**_address(table, storage_option, namespace_impl, namespace_property, table_id))
+        where = _address(table, storage_option, namespace_impl, namespace_property, table_id)
+        found = _called(address, lance_ray.list_indices, where)
         _print(_plain(found), "\n".join(map(str, found)) or "no indexes", as_json)
 
 
@@ -493,6 +497,7 @@ def copy(
 ) -> None:
     """Copy between a Lance table and any format that Ray reads and writes. --filter and --columns go into the scan."""
     with _told(as_json):
+        source, target = normalize_uri(source, "source"), normalize_uri(target, "target")  # workers may be elsewhere
         store = _pairs("--storage-option", storage_option)
         chosen = {"columns": _names(columns), "filter": filter_, "limit": limit, "storage_options": store}
         asked = Source(
@@ -631,6 +636,20 @@ def _ray(address: str | None, *, quiet: bool, start: bool = True) -> Iterator[No
         context.enable_progress_bars, context.raise_original_map_exception = before
         if started:
             ray.shutdown()
+
+
+def _called(address: str | None, function: Callable[..., Any], keywords: dict[str, Any]) -> Any:
+    """What a function returns that needs no Ray: run here, or with an address by a task of that cluster."""
+    if address is None:
+        return function(**keywords)
+    there = dict(keywords)  # relative paths mean those of this process
+    if there["uri"] is not None:
+        there["uri"] = normalize_uri(there["uri"])
+    if there["namespace_impl"] is not None:
+        properties = there.pop("namespace_properties")
+        there["namespace_impl"] = NamespaceRef.fold(there["namespace_impl"], properties)
+    with _ray(address, quiet=True):
+        return call_there(function, there)
 
 
 def _start(address: str | None) -> None:

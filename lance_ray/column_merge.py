@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from lance.dataset import serialize_row_addrs
+from ray.data import ActorPoolStrategy
 from ray.data.context import ShuffleStrategy
 
 from lance_ray import commit
@@ -52,7 +53,7 @@ from lance_ray.columns import (
     unchanged,
     values_of,
 )
-from lance_ray.datasource import make_datasource
+from lance_ray.datasource import make_datasource, versions_read
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
@@ -63,7 +64,7 @@ from lance_ray.errors import (
     translate_errors,
     unwrap,
 )
-from lance_ray.executors import check_dataset
+from lance_ray.executors import check_dataset, unnamed_options
 from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import (
@@ -160,7 +161,8 @@ def merge_columns_from(
         require_full_coverage: whether a row of the table without a value is an error, or gets null. So for rows that
             others append meanwhile.
         output_schema: the new columns; by default as ``ds`` has them.
-        read_version: the version that the addresses are of; the newest by default.
+        read_version: the version that the addresses are of; by default the one that ``ds`` was read at where it comes
+            from ``read_lance`` of this table and was not materialized since, else the newest.
         batch_size: rows that are matched at a time; whole blocks by default.
         concurrency: workers at once at most.
         job_id: a job of this id that committed before is not repeated.
@@ -182,7 +184,10 @@ def merge_columns_from(
     Raises:
         RowCoverageError: rows of ``ds`` occur twice or are unknown to the table, or rows of the table are missing.
         SnapshotChangedError: others appended rows (with full coverage), or changed fragments that have new values.
-        LanceRayError: as for :func:`lance_ray.add_columns`. The table is as it was.
+        LanceRayError: as for :func:`lance_ray.add_columns`.
+
+    After an error the table is as it was. Concurrent deletes land beside it, and so do appends where their rows may get
+    null; other changes of the same fragments are conflicts: run it again on the newest version.
     """
     address = address_of(locals())
     options = MergeOptions.fold(
@@ -232,7 +237,8 @@ def add_columns_from(
     their rows. For few large fragments and costly functions; otherwise ``add_columns`` moves less data. Fragments that
     others append or change meanwhile are computed as ``add_columns`` does it.
 
-    Keywords, result and errors are those of :func:`lance_ray.add_columns`, but for ``batch_format``: a plain function
+    Keywords, result, errors and what is said of concurrent changes are those of :func:`lance_ray.add_columns`, but for
+    ``batch_format``: a plain function
     takes a dict of lists unless the caller says otherwise, as lance-ray's does; ``pyarrow`` is quicker. No fragment is
     finished before all values are computed, so that a run with a ``job_id`` which failed earlier leaves nothing to go
     on from.
@@ -272,17 +278,17 @@ def by_ray_data(job: ColumnJob, spec: ColumnSpec, fragments: Sequence[int]) -> l
     )
     # The plan decides how many blocks; Ray would split their output to reach any other number.
     source = ray.data.read_datasource(make_datasource([table], scan, PlanOptions()), override_num_blocks=1)
-    apply: dict[str, Any] = {"fn": partial(_apply, Loaded(spec, spec.transform))}
+    apply: dict[str, Any] = {"fn": partial(_apply, Loaded(spec, spec.transform)), "compute": job.workers.tasks}
     if spec.transform.is_stateful:
-        apply = {"fn": _Apply, "fn_constructor_args": (spec,), "concurrency": job.workers.slots()}
-    elif job.workers.concurrency is not None:
-        apply["concurrency"] = job.workers.concurrency
-    computed = start_in_full(source).map_batches(
-        **apply,
-        batch_format="pyarrow",
-        batch_size=rows_of_batch(spec, table.open(), output),
-        **job.workers.ray_remote_args,
-    )
+        actors = ActorPoolStrategy(size=job.workers.slots())
+        apply = {"fn": _Apply, "fn_constructor_args": (spec,), "compute": actors}
+    with unnamed_options():
+        computed = start_in_full(source).map_batches(
+            **apply,
+            batch_format="pyarrow",
+            batch_size=rows_of_batch(spec, table.open(), output),
+            **job.workers.ray_remote_args,
+        )
     merging = MergeSpec(table, spec.job, ("_rowaddr",), output, full=spec.filter is None, update=False)
     plain = {key: value for key, value in job.workers.ray_remote_args.items() if key != "num_gpus"}
     merging_workers = dataclasses.replace(job.workers, ray_remote_args=plain)
@@ -309,10 +315,80 @@ class _Apply:
         return _apply(self._loaded, table)
 
 
-def update_from(table: PinnedTable, ds: Any, columns: Sequence[str], options: MergeOptions) -> ColumnsReport:
+def update_columns_from(
+    uri: Any = None,
+    ds: Any = None,
+    *,
+    columns: Sequence[str],
+    on: str | Sequence[str] = "_rowaddr",
+    read_version: int | str | None = None,
+    batch_size: int | None = None,
+    concurrency: int | None = None,
+    job_id: str | None = None,
+    commit_message: str | None = None,
+    transaction_properties: Mapping[str, str] | None = None,
+    progress: bool | Reporter | None = None,
+    ray_remote_args: dict[str, Any] | None = None,
+    storage_options: Any = None,
+    base_store_params: dict[str, dict[str, str]] | None = None,
+    namespace_impl: Any = None,
+    namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    table_id: Sequence[str] | None = None,
+) -> ColumnsReport:
+    """New values of columns that the table has, from a Ray Dataset, each to the row that it names; others keep theirs.
+
+    The same as :func:`lance_ray.update_columns` with ``ds``, which also computes values over the table itself.
+
+    Args:
+        uri: path or URI of the table, or an opened dataset.
+        ds: new values, in any order, for some rows; further columns are left out.
+        columns: the columns to replace; types stay those of the table.
+        on: as for :func:`merge_columns_from`.
+        read_version: the same.
+        batch_size: the same.
+        concurrency: the same.
+        job_id: the same.
+        commit_message: the same.
+        transaction_properties: the same.
+        progress: the same.
+        ray_remote_args: the same.
+        storage_options: the same.
+        base_store_params: the same.
+        namespace_impl: the same.
+        namespace_properties: the same.
+        rest_config: the same.
+        io_config: the same.
+        table_id: the same.
+
+    Returns:
+        A :class:`ColumnsReport`: the version, and how many rows got values. Without rows in ``ds`` nothing is
+        committed.
+
+    Raises:
+        RowCoverageError: ``ds`` names a row twice, or rows that the table does not have.
+        SnapshotChangedError: others deleted, updated or compacted rows of fragments that have new values.
+        LanceRayError: as for :func:`lance_ray.add_columns`.
+
+    After an error the table is as it was. Appends by others meanwhile land beside it.
+    """
+    address = address_of(locals())
+    options = MergeOptions.fold(
+        on,
+        ColumnWorkers.fold(concurrency, ray_remote_args),
+        CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id),
+        progress,
+    )
+    return update_from(at_version(uri, address, read_version), ds, columns, options, batch_size)
+
+
+def update_from(
+    table: PinnedTable, ds: Any, columns: Sequence[str], options: MergeOptions, batch_size: int | None = None
+) -> ColumnsReport:
     """New values of columns for the rows that ``ds`` names; the others keep theirs."""
     schema = columns_of(table.open().schema, columns)
-    return _merge(table, ds, dataclasses.replace(options, schema=schema, full=False), None, update=True)
+    return _merge(table, ds, dataclasses.replace(options, schema=schema, full=False), batch_size, update=True)
 
 
 def _merge(
@@ -321,11 +397,13 @@ def _merge(
     started = time.monotonic()
     check_positive("batch_size", batch_size)
     check_dataset(ds)
-    job = JobRef(table, options.commit.operation_id, table.version)
     if (landed := landed_in(table, options.commit)) is not None:
-        return ColumnsReport(table.ref.target, landed, job_id=job.job_id, skipped=True)
+        return ColumnsReport(table.ref.target, landed, job_id=options.commit.operation_id, skipped=True)
     _check_keys(table.open(), options.on)
+    if options.on[0] in _SYSTEM:
+        table = _as_read(table, ds)
     output = _output(table.open(), ds, options, update=update)
+    job = JobRef(table, options.commit.operation_id, table.version)
     spec = MergeSpec(table, job, options.on, output, options.full, update)
     check_cluster([table])
     with job.running("merge_columns", exclusive=options.commit.job_id is not None):
@@ -336,6 +414,18 @@ def _merge(
             return merge.run(ds, batch_size, started)
         finally:
             merge.tidy()
+
+
+def _as_read(table: PinnedTable, ds: Any) -> PinnedTable:
+    """The version that the addresses in ``ds`` are of, where the caller has not said it and ``ds`` is a read of it."""
+    if table.ref.version is not None:
+        return table
+    found = versions_read(ds, table)
+    if len(found) > 1:
+        raise InvalidArgumentError("read_version", found, "ds was read at several versions; say which one counts")
+    if found in ([], [table.version]):
+        return table
+    return dataclasses.replace(table.ref, version=found[0]).pin()
 
 
 def _check_keys(dataset: lance.LanceDataset, on: Sequence[str]) -> None:
@@ -354,7 +444,7 @@ def _check_keys(dataset: lance.LanceDataset, on: Sequence[str]) -> None:
 
 def _output(dataset: lance.LanceDataset, ds: Any, options: MergeOptions, *, update: bool) -> pa.Schema:
     """The columns to be written, of the types that ``ds`` gives them; for an update of those in the table."""
-    given = _schema_of(ds)
+    given = schema_of(ds)
     schema = options.schema
     if schema is None:
         schema = unify([pa.schema([item for item in given if item.name not in options.on])]).remove_metadata()
@@ -378,7 +468,7 @@ def _output(dataset: lance.LanceDataset, ds: Any, options: MergeOptions, *, upda
     return schema if options.full else pa.schema([item.with_nullable(True) for item in schema])
 
 
-def _schema_of(ds: Any) -> pa.Schema:
+def schema_of(ds: Any) -> pa.Schema:
     """The columns of a dataset as Arrow types; none where it is empty and does not know."""
     with _running(ds.context):
         found = ds.schema()
@@ -410,15 +500,15 @@ class _Merge:
     def run(self, ds: Any, batch_size: int | None, started: float) -> ColumnsReport:
         """Group, check, write, commit."""
         spec, workers = self._spec, self._options.workers
-        at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
-        routed = start_in_full(ds).map_batches(
-            route,
-            fn_kwargs={"spec": spec},
-            batch_format="pyarrow",
-            batch_size=batch_size,
-            **at_once,
-            **workers.ray_remote_args,
-        )
+        with unnamed_options():
+            routed = start_in_full(ds).map_batches(
+                route,
+                fn_kwargs={"spec": spec},
+                batch_format="pyarrow",
+                batch_size=batch_size,
+                compute=workers.tasks,
+                **workers.ray_remote_args,
+            )
         outcomes = grouped(routed, spec, workers, progress=self._options.progress)
         self._results = results_of(outcomes, spec, list(spec.table.open().fragment_ids()))
         version = self._commit()
@@ -463,21 +553,40 @@ class _Merge:
             self._spec.job.discard()
 
 
-def grouped(routed: Any, spec: MergeSpec, workers: ColumnWorkers, *, progress: Any) -> list[dict[str, Any]]:
-    """What :func:`merge_group` says of each fragment that rows were routed to.
+def grouped(
+    routed: Any,
+    spec: Any,
+    workers: ColumnWorkers,
+    *,
+    progress: Any,
+    by: str = _FRAGMENT,
+    each: Callable[..., pa.Table] | None = None,
+) -> list[dict[str, Any]]:
+    """What a function says of each group of rows: by default :func:`merge_group`, of each fragment.
+
+    Args:
+        routed: the rows.
+        spec: what the function is told besides a group; it returns one row with ``outcome``, in JSON.
+        workers: where it runs.
+        progress: False hides Ray Data's bars.
+        by: the column that makes the groups.
+        each: the function.
 
     Raises:
         LanceRayError: what a worker raised of this package.
         TaskFailedError: anything else, such as an error of the caller's own function; it is the cause.
     """
-    at_once = {} if workers.concurrency is None else {"concurrency": workers.concurrency}
     # Sorting takes blocks without rows, which the hash shuffle fails on, and its ranges do not grow with the table.
     settings: dict[str, Any] = {"shuffle_strategy": ShuffleStrategy.SORT_SHUFFLE_PULL_BASED}
     if progress is False:
         settings["enable_progress_bars"] = False
-    with _running(routed.context, **settings):
-        merged = routed.groupby(_FRAGMENT).map_groups(
-            merge_group, fn_kwargs={"spec": spec}, batch_format="pyarrow", **at_once, **workers.ray_remote_args
+    with _running(routed.context, **settings), unnamed_options():
+        merged = routed.groupby(by).map_groups(
+            each or merge_group,
+            fn_kwargs={"spec": spec},
+            batch_format="pyarrow",
+            compute=workers.tasks,
+            **workers.ray_remote_args,
         )
         return [json.loads(row["outcome"]) for row in merged.take_all()]
 

@@ -19,6 +19,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data import TaskPoolStrategy
 
 from lance_ray import commit
 from lance_ray.arrow import engine_safe, row_width
@@ -103,6 +104,11 @@ class ColumnsReport:
     skipped: bool = False
     """Nothing was done: there was nothing to do, or the job of this id had committed before."""
 
+    @property
+    def rows_updated(self) -> int:
+        """The same as ``rows``, by the name that other connectors have."""
+        return self.rows
+
     def __str__(self) -> str:
         if self.skipped:
             return f"{self.target}: nothing to do, version {self.version}"
@@ -163,6 +169,11 @@ class ColumnWorkers:
         for name, value in given.items():
             check_ray_options({name: value}, name)
         return cls(concurrency, {**checked_ray_args(ray_remote_args), **given})
+
+    @property
+    def tasks(self) -> TaskPoolStrategy:
+        """The same for a step of Ray Data."""
+        return TaskPoolStrategy(self.concurrency)
 
     def executor(self, operation: str, *, stateful: bool) -> Executor:
         """Ray tasks; actors for a transform with state."""
@@ -264,6 +275,10 @@ def add_columns(
         CommitOutcomeUnknownError: the answer of the commit was lost and the table cannot tell; no file was removed.
 
     A failed job leaves the table as it was. Its files are removed; with a ``job_id`` they wait for the next run.
+
+    Concurrent appends, deletes, updates and compactions do not stop it: fragments that they bring or change are
+    computed on the newest version and the commit is repeated, ``max_replans`` times. Others who add one of these
+    columns win.
     """
     check_schema("reader_schema", reader_schema)
     folded = fold_transform(
@@ -305,7 +320,8 @@ def add_columns(
 def merge_columns(uri: Any = None, *, transform: Any, **keywords: Any) -> ColumnsReport:
     """:func:`add_columns` for a function that returns its batch with the new columns appended.
 
-    Columns that the table has already are left as they are. Keywords are those of :func:`add_columns`.
+    Columns that the table has already are left as they are. Keywords are those of :func:`add_columns`, and what is said
+    there of failures and of concurrent changes holds here, too.
     """
     return add_columns(uri, transform=Appending(transform), **keywords)
 
@@ -391,7 +407,8 @@ def update_columns(
         RowCoverageError: ``ds`` names a row twice, or rows that the table does not have; nothing is changed.
         LanceRayError: as for :func:`add_columns`.
 
-    What is said of failures and of changes by others at :func:`add_columns` holds here, too.
+    What is said of failures and of concurrent changes at :func:`add_columns` holds here, too; with ``ds``, what is said
+    at :func:`lance_ray.update_columns_from`.
     """
     from lance_ray.column_merge import MergeOptions, update_from
 

@@ -184,12 +184,12 @@ class CompactionJob:
 
 def compact_files(
     uri: Any = None,
+    io_config: Any = None,
     *,
     table_id: Sequence[str] | None = None,
     namespace_impl: Any = None,
     namespace_properties: dict[str, str] | None = None,
     rest_config: LanceRestConfig | None = None,
-    io_config: Any = None,
     storage_options: Any = None,
     base_store_params: dict[str, dict[str, str]] | None = None,
     version: int | str | None = None,
@@ -221,11 +221,11 @@ def compact_files(
 
     Args:
         uri: path or URI of the table, or an opened dataset.
+        io_config: another name of ``storage_options``.
         table_id: the table's name in a namespace, with ``namespace_impl``.
         namespace_impl: the namespace implementation, or a connected namespace.
         namespace_properties: what the namespace is connected with.
         rest_config: the server of a ``rest://`` address.
-        io_config: another name of ``storage_options``.
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases.
         version: compact only fragments that this version has (number or tag); those changed since are left alone.

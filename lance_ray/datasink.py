@@ -24,7 +24,7 @@ from ray.data import DataContext
 from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
-from lance_ray import commit
+from lance_ray import commit, fragment_pickles
 from lance_ray.arrow import check_fits, in_file, reads_as, unify
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.commit import CommitReceipt, Landing
@@ -42,7 +42,7 @@ from lance_ray.preflight import check_cluster
 from lance_ray.retry import RetryPolicy
 from lance_ray.runner import run_tasks
 from lance_ray.table import TableRef, WriteTarget, address_of
-from lance_ray.write import WriteSpec, WrittenFile, format_of, paths_of, rewrite_file, write_blocks
+from lance_ray.write import WriteSpec, WrittenFile, format_of, paths_of, places_of, rewrite_file, write_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -245,17 +245,14 @@ def check_workers(ledger: JobRef) -> None:
 def check_target(target: WriteTarget, options: WriteOptions) -> None:
     """Refuse options that do not go with the table, now that it is known."""
     dataset = None if target.base is None else target.base.open()
-    bases = (options.initial_bases or ()) if dataset is None else dataset.base_paths().values()
-    known = sorted({place for base in bases for place in (base.name, base.path) if place})
-    unknown = [place for place in options.target_bases or () if place not in known and "/" not in place]
-    if unknown:
-        raise InvalidArgumentError("target_bases", unknown, f"the bases of the table are {known}")
+    if dataset is not None and options.initial_bases:
+        given = [base.path for base in options.initial_bases]
+        raise InvalidArgumentError("initial_bases", given, "the table exists; only a new one can have bases registered")
+    places_of(target, options)
     version = options.data_storage_version
     storage_format = None if version is None else format_of(version)
     if dataset is None:
         return
-    if options.initial_bases:
-        raise InvalidArgumentError("initial_bases", known, "the table exists; only a new one can have bases registered")
     if options.enable_stable_row_ids and not dataset.has_stable_row_ids:
         raise InvalidArgumentError("enable_stable_row_ids", True, "the table exists, and was made without them")
     if storage_format not in (None, dataset.data_storage_version):  # which no commit of the engine changes
@@ -310,6 +307,7 @@ class LanceDatasink(TableSink):
         base_store_params: dict[str, dict[str, str]] | None = None,
         initial_bases: Sequence[Any] | None = None,
         target_bases: Sequence[str] | None = None,
+        target_all_bases: bool | None = None,
         external_blob_mode: str = "reference",
         allow_external_blob_outside_bases: bool = False,
         namespace_impl: Any = None,
@@ -334,6 +332,7 @@ class LanceDatasink(TableSink):
             target_bases,
             external_blob_mode,
             allow_external_blob_outside_bases,
+            target_all_bases=target_all_bases,
         )
         self._commit = CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or ())
         self._stop: Callable[[], Any] | None = None
@@ -390,6 +389,9 @@ class LanceDatasink(TableSink):
 
 class LanceFragmentCommitter(TableSink):
     """The sink for rows that :class:`LanceFragmentWriter` returned: collects them and commits once on the driver.
+
+    Rows of a job's own writer that has only lance-ray's columns ``fragment`` and ``schema`` are taken, too. Their
+    pickles may name a fragment's metadata and Arrow types; anything else in them is refused and not run.
 
     After a failure of the job, the files that reached the committer are removed when it is certain that they were not
     committed.
@@ -496,12 +498,16 @@ def _check_file(spec: WriteSpec, file: WrittenFile) -> None:
 
 
 def _from_rows(rows: pa.Table) -> list[WrittenFile]:
-    missing = [name for name in FRAGMENT_COLUMNS if name not in rows.schema.names]
-    if missing and rows.num_rows:
+    names = set(rows.schema.names)
+    if names >= set(FRAGMENT_COLUMNS):
+        return [file_of_row(item) for item in rows.to_pylist()]
+    if names >= set(fragment_pickles.COLUMNS):  # a job's own writer, or lance-ray's
+        return [fragment_pickles.file_of_pickles(item) for item in rows.to_pylist()]
+    if rows.num_rows:
         raise InvalidArgumentError(
-            "ds", rows.schema.names, f"must be what LanceFragmentWriter returns; lacks {missing}"
+            "ds", rows.schema.names, f"must be what LanceFragmentWriter returns, with columns {list(FRAGMENT_COLUMNS)}"
         )
-    return [file_of_row(item) for item in rows.to_pylist()]
+    return []
 
 
 def row_of_file(file: WrittenFile) -> dict[str, Any]:

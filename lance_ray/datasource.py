@@ -22,7 +22,7 @@ from lance_ray.arrow import row_width, unify
 from lance_ray.blobs import mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_ray_options, check_sendable
+from lance_ray.executors import check_ray_options, check_sendable, unnamed_options
 from lance_ray.full_start import start_in_full
 from lance_ray.memory import keep_freed_memory, object_store_share
 from lance_ray.options import (
@@ -33,6 +33,7 @@ from lance_ray.options import (
     default_blobs,
     fold_dataset_options,
     fold_seed,
+    split_base_params,
 )
 from lance_ray.planning.reads import Cut, ReadTaskPlan, number_of_tasks, plan_reads
 from lance_ray.predicates import columns_of, split_predicate
@@ -64,6 +65,8 @@ _NO_DATASET_OPTIONS = dict.fromkeys(
         "metadata_cache_size_bytes",
         "commit_lock",
         "default_scan_options",
+        "read_params",
+        "session",
     )
 )
 
@@ -92,6 +95,7 @@ class LanceDatasource(Datasource):
     ) -> None:
         """See :func:`read_lance`. Resolves the version and checks columns and filter at once."""
         check_flag("with_metadata", with_metadata)
+        dataset_options, base_store_params = split_base_params(dataset_options, base_store_params)
         version, asof, open_options = fold_dataset_options(dataset_options, **_NO_DATASET_OPTIONS)
         scan_options = ScanOptions.fold(
             scanner_options,
@@ -508,7 +512,10 @@ def read_lance(
         base_store_params: storage options of further bases, by base URI.
         scanner_options: anything else that ``LanceDataset.scanner`` takes (``batch_size``, ``nearest``, ...).
         dataset_options: ``version``, ``asof``, ``block_size``, ``index_cache_size_bytes``,
-            ``metadata_cache_size_bytes``, ``commit_lock``, ``default_scan_options`` as a dict; keywords win.
+            ``metadata_cache_size_bytes``, ``commit_lock``, ``default_scan_options`` and ``base_store_params`` as a
+            dict; keywords win. Also ``read_params``, the decoder's switches ``cache_repetition_index`` and
+            ``validate_on_decode``, which every worker has, too; and ``session``, a ``lance.Session`` that this process
+            plans with (it goes to no other: each worker has one of its own, of the cache sizes given).
         default_scan_options: scanner options that ``scanner_options`` overrides.
         fragment_ids: only these fragments; an empty list reads nothing.
         namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
@@ -561,8 +568,11 @@ def read_lance(
     ``cleanup_old_versions`` of that very version does.
     """
     check_flag("with_metadata", with_metadata)
+    dataset_options, base_store_params = split_base_params(dataset_options, base_store_params)
     version, asof, open_options = fold_dataset_options(
         dataset_options,
+        read_params=None,
+        session=None,
         version=version,
         asof=asof,
         block_size=block_size,
@@ -611,12 +621,13 @@ def read_lance(
     ]
     tables = [ref.pin() for ref in refs]
     check_cluster(tables)
-    dataset: Dataset = ray.data.read_datasource(
-        make_datasource(tables, scan_options, plan),
-        concurrency=concurrency,
-        override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
-        **_remote_args(ray_remote_args, named),
-    )
+    with unnamed_options():
+        dataset: Dataset = ray.data.read_datasource(
+            make_datasource(tables, scan_options, plan),
+            concurrency=concurrency,
+            override_num_blocks=1,  # the plan decides how many; Ray would split their output to reach any other number
+            **_remote_args(ray_remote_args, named),
+        )
     return start_in_full(dataset)
 
 
@@ -645,6 +656,16 @@ def _uris(uri: Any) -> list[Any]:
 def make_datasource(tables: Sequence[PinnedTable], scan_options: ScanOptions, plan: PlanOptions) -> LanceDatasource:
     """The datasource of pinned tables; checks columns and filter against them."""
     return LanceDatasource.of(_specs(tables, scan_options), plan)
+
+
+def versions_read(ds: Dataset, table: PinnedTable) -> list[int]:
+    """The versions of a table that the rows of a dataset come from, as far as Ray still knows: not after a
+    ``materialize()``.
+    """
+    plan = getattr(ds, "_logical_plan", None)  # Ray has no public name for it
+    sources = [] if plan is None else [getattr(item, "datasource", None) for item in plan.sources()]
+    reads = [spec for source in sources if isinstance(source, LanceDatasource) for spec in source._specs]
+    return sorted({spec.table.version for spec in reads if spec.table.uri == table.uri})
 
 
 def _specs(tables: Sequence[PinnedTable], options: ScanOptions) -> list[ReadSpec]:

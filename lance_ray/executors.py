@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic, sleep
 from types import TracebackType
@@ -21,6 +23,7 @@ import ray
 from ray import cloudpickle
 from ray import exceptions as ray_errors
 from ray.data import Dataset
+from ray.util.annotations import RayDeprecationWarning
 
 from lance_ray.errors import InvalidArgumentError, WorkerEnvironmentError, redact
 from lance_ray.memory import keep_freed_memory
@@ -61,6 +64,18 @@ def check_ray_options(args: Any, parameter: str = "ray_remote_args") -> None:
     except (TypeError, ValueError, OverflowError) as error:
         shown = sorted(map(str, args)) if parameter == "ray_remote_args" else args[parameter]
         raise InvalidArgumentError(parameter, shown, str(error)) from None
+
+
+@contextmanager
+def unnamed_options() -> Iterator[None]:
+    """For a step of Ray Data with the caller's ``ray_remote_args``: without Ray's advice to name them.
+
+    Those that have names are given by name; the others, such as ``scheduling_strategy``, have none in Ray Data yet, so
+    that the advice can be followed by nobody.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield
 
 
 def check_dataset(ds: Any) -> None:

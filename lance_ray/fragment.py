@@ -73,6 +73,7 @@ class LanceFragmentWriter:
         base_store_params: dict[str, dict[str, str]] | None = None,
         initial_bases: Sequence[Any] | None = None,
         target_bases: Sequence[str] | None = None,
+        target_all_bases: bool | None = None,
         external_blob_mode: str = "reference",
         allow_external_blob_outside_bases: bool = False,
         namespace_impl: Any = None,
@@ -100,7 +101,8 @@ class LanceFragmentWriter:
             storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
             base_store_params: storage options of further bases.
             initial_bases: bases to register with a new table.
-            target_bases: bases that the files go to.
+            target_bases: bases that the files go to, in turn.
+            target_all_bases: all bases of the table in turn: with its own folder (True), or without it (False).
             external_blob_mode: ``reference`` or ``ingest``.
             allow_external_blob_outside_bases: allow references outside the bases.
             namespace_impl: the namespace implementation, or a connected namespace.
@@ -129,6 +131,7 @@ class LanceFragmentWriter:
             external_blob_mode,
             allow_external_blob_outside_bases,
             max_rows_per_group,
+            target_all_bases,
         )
         self._spec = _spec(TableRef.fold(uri, address), options, retry_params, mode)
         self._transform = transform
@@ -156,6 +159,7 @@ def write_fragment(
     base_store_params: dict[str, dict[str, str]] | None = None,
     initial_bases: Sequence[Any] | None = None,
     target_bases: Sequence[str] | None = None,
+    target_all_bases: bool | None = None,
     external_blob_mode: str = "reference",
     allow_external_blob_outside_bases: bool = False,
     namespace_impl: Any = None,
@@ -180,7 +184,8 @@ def write_fragment(
         storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
         base_store_params: storage options of further bases, by base URI.
         initial_bases: base paths to register with a new table.
-        target_bases: names or paths of bases that the files go to.
+        target_bases: names or paths of bases that the files go to, in turn.
+        target_all_bases: all bases of the table in turn: with its own folder (True), or without it (False).
         external_blob_mode: ``reference`` or ``ingest`` for blobs given by URI.
         allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
         namespace_impl: the namespace implementation, or a connected namespace.
@@ -214,6 +219,7 @@ def write_fragment(
         external_blob_mode,
         allow_external_blob_outside_bases,
         max_rows_per_group,
+        target_all_bases,
     )
     files = write_blocks(_spec(TableRef.fold(uri, address), options, retry_params, mode), stream)
     return [(file.metadata(), file.arrow_schema) for file in files if file.fragment is not None]

@@ -153,6 +153,8 @@ def refresh_index(
         InvalidArgumentError: there is no such index.
         TaskFailedError, CommitConflictError, CommitOutcomeUnknownError: as for
             :func:`lance_ray.create_scalar_index`; indexes that were done before stay done.
+
+    What is said of concurrent changes at :func:`lance_ray.create_scalar_index` holds here, too.
     """
     upkeep = _Upkeep.fold(fold_index_ref(uri, locals()), locals())
     return upkeep.answer([_refresh(upkeep, item) for item in upkeep.names(name)], return_report)
@@ -299,6 +301,9 @@ def drop_index(
     Raises:
         InvalidArgumentError: there is no such index.
         CommitConflictError, StorageError: it is still there.
+
+    It is dropped from the newest version, so that concurrent appends, deletes and updates land beside it; after a
+    conflict with a compaction or a build of this index it is tried again.
     """
     table = newest(fold_index_ref(uri, locals()).pin())
     _described(table.open(), name)

@@ -12,15 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lance_ray.arrow import align, engine_safe, to_arrow
+from lance_ray.blobs import filled, mean_bytes
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError, RowCoverageError, translate_errors
 from lance_ray.executors import LocalExecutor
 from lance_ray.nearest import fetch
-from lance_ray.options import ScanOptions, check_choice
+from lance_ray.options import BLOB_MODES, ScanOptions, check_choice
 from lance_ray.predicates import key_condition
 from lance_ray.preflight import check_cluster
 from lance_ray.progress import Reporter
-from lance_ray.read import ROW_ID, ReadSpec, finish, fragment_stats, table_schema
+from lance_ray.read import ROW_ID, ReadSpec, blobs_of, finish, fragment_stats, table_schema
 from lance_ray.retry import is_interruption
 from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.search import SearchWorkers
@@ -57,6 +58,9 @@ def take(
     on: str | None = None,
     columns: Sequence[str] | dict[str, str] | None = None,
     missing: Missing = "error",
+    blobs: str = "bytes",
+    blob_range: tuple[int, int] | None = None,
+    blob_batch_bytes: int | None = None,
     version: int | str | None = None,
     asof: Any = None,
     branch: str | None = None,
@@ -85,6 +89,12 @@ def take(
         on: the key column.
         columns: columns of the result, or a dict of name to SQL expression; all by default.
         missing: what to do about rows that there are not: ``error``, a row of nulls (``null``), or ``skip``.
+        blobs: how blob columns come out: ``bytes`` (``large_binary``), ``descriptors`` (structs without any payload) or
+            ``handles`` (:class:`lance_ray.BlobHandle` objects, opened where they are used).
+        blob_range: read only these bytes of each blob, as (offset, length); a negative offset counts from the end, and
+            what lies beyond the end is left out.
+        blob_batch_bytes: about how much payload of blobs a task reads (32 MiB), and more only for a larger blob by
+            itself. The answer is in memory as a whole: for more than fits there, take handles.
         version: a version number or a tag; the newest by default.
         asof: the version of a time.
         branch: the branch to read.
@@ -102,7 +112,8 @@ def take(
         progress: True for a bar, a reporter of one's own, False for silence.
 
     Returns:
-        A table of the columns, one row for each that was named.
+        A table of the columns, one row for each that was named. Nothing is written; others may do what they will
+        meanwhile, but clean up the version that is read.
 
     Raises:
         InvalidArgumentError: none or several ways of naming rows, an unknown column, keys of another type.
@@ -111,11 +122,15 @@ def take(
     """
     lookup, names = _fold(indices, row_ids, keys, on)
     check_choice("missing", missing, ("error", "null", "skip"))
+    check_choice("blobs", blobs, BLOB_MODES)
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
+    scan_options = ScanOptions.fold(
+        None, columns=columns, blobs=blobs, blob_range=blob_range, blob_batch_bytes=blob_batch_bytes
+    )
     address = address_of(locals())
     table = TableRef.fold(uri, address, version=version, asof=asof, branch=branch).pin()
-    scan_options = ScanOptions.fold(None, columns=columns)
-    spec = ReadSpec(table, scan_options, table_schema(table, scan_options))
+    schema = table_schema(table, scan_options)
+    spec = ReadSpec(table, scan_options, schema, blobs=blobs_of(table, scan_options))
     if lookup.on is not None:
         names = _typed_keys(table.open(), lookup.on, names)
     return _ordered(spec, lookup, names, missing, workers)
@@ -165,8 +180,10 @@ def _typed_keys(dataset: lance.LanceDataset, on: str, keys: pa.Array) -> pa.Arra
 
 def _ordered(spec: ReadSpec, lookup: Lookup, names: pa.Array, missing: Missing, workers: SearchWorkers) -> pa.Table:
     unique = pc.unique(names)
-    executor, slots = workers.choose(len(unique) * _ROW_COST)
-    size = max(1, min(_TASK_ROWS, -(-len(unique) // slots)))
+    payload = _payload_bytes(spec) if len(unique) else 0.0
+    executor, slots = workers.choose(len(unique) * (_ROW_COST + payload))
+    at_most = min(_TASK_ROWS, int(spec.scan.blob_batch_bytes / payload)) if payload else _TASK_ROWS
+    size = max(1, min(at_most, -(-len(unique) // slots)))
     order = pc.sort_indices(unique) if lookup.kind != "keys" else pa.array(np.arange(len(unique)))
     unique = unique.take(order)
     tasks = [LookupTask(unique.slice(at, size)) for at in range(0, len(unique), size)]
@@ -184,6 +201,13 @@ def _ordered(spec: ReadSpec, lookup: Lookup, names: pa.Array, missing: Missing, 
     if missing == "skip":
         places = places.drop_null()
     return engine_safe(table.drop_columns([_NAME]).take(places)).combine_chunks()
+
+
+def _payload_bytes(spec: ReadSpec) -> float:
+    """About how many bytes of blobs a row brings with it."""
+    if spec.scan.blobs == "handles":
+        return 0.0
+    return sum(mean_bytes(spec.table, column.source, spec.scan.blob_range) for column in spec.blobs)
 
 
 _NAME = "__lance_ray_name"
@@ -207,7 +231,8 @@ def look_up(shared: tuple[ReadSpec, Lookup], task: LookupTask) -> pa.Table:
     dataset = spec.retry.call(spec.table.open, retry_on=is_interruption, what="open")
     row_ids, named = _row_ids(spec, dataset, lookup, task.names)
     table, present = fetch(spec, row_ids)
-    return finish(table, spec).append_column(_NAME, named.filter(pa.array(present)))
+    rows = pa.concat_tables(finish(part, spec) for part in filled(dataset, spec, table))
+    return rows.append_column(_NAME, named.filter(pa.array(present)))
 
 
 def _row_ids(

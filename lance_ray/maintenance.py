@@ -1,4 +1,4 @@
-"""Care for tables: old versions removed, and all tables of a database compacted."""
+"""Care for tables: old versions removed, and all tables of a database compacted or cleaned up."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ from lance_ray.errors import (
     TaskFailedError,
     translate_errors,
 )
+from lance_ray.executors import Executor, RayExecutor
 from lance_ray.ledger import cleanup_jobs
 from lance_ray.namespaces import connect
-from lance_ray.options import check_flag, check_positive
+from lance_ray.options import check_choice, check_flag, check_positive
 from lance_ray.planning.compaction import Budget
+from lance_ray.preflight import check_cluster
 from lance_ray.progress import Progress, Reporter, reporter_for
+from lance_ray.runner import RunOptions, run_tasks
 from lance_ray.table import PinnedTable, TableRef, address_of, newest
 
 logger = logging.getLogger(__name__)
@@ -46,9 +49,20 @@ logger = logging.getLogger(__name__)
 _TABLES_AT_ONCE = 4
 
 
+class _ByName:
+    """Values that lance-ray's code asks a dict for."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined] # of the classes that have this
+            raise KeyError(name)
+        return getattr(self, name)
+
+
 @dataclass(frozen=True, slots=True)
-class VersionCleanupReport:
-    """What :func:`cleanup_old_versions` removed, or would remove (``dry_run``)."""
+class VersionCleanupReport(_ByName):
+    """What :func:`cleanup_old_versions` removed, or would remove (``dry_run``); also ``report["bytes_removed"]``."""
 
     target: str
     dry_run: bool
@@ -119,27 +133,42 @@ def cleanup_old_versions(
     Writers beside it are safe: files that no version refers to are kept for a week. Readers of a version that is
     removed fail; tag what must stay.
     """
-    check_positive("retain_versions", retain_versions)
-    check_positive("delete_rate_limit", delete_rate_limit)
-    check_flag("delete_unverified", delete_unverified)
-    check_flag("error_if_tagged_old_versions", error_if_tagged_old_versions)
-    check_flag("dry_run", dry_run)
-    if older_than is not None and not (isinstance(older_than, dt.timedelta) and older_than >= dt.timedelta(0)):
-        raise InvalidArgumentError("older_than", older_than, "must be a timedelta, not negative")
-    wanted = _fold_versions(versions)
-    ref = TableRef.fold(uri, address_of(locals()))
-    table = newest(ref.pin())  # an opened dataset may show an old version
-    if delete_unverified:
-        _refuse_beside_jobs(table, ref.target)
-    choice: dict[str, Any] = {
-        "older_than": older_than,
-        "retain_versions": retain_versions,
-        "delete_unverified": delete_unverified,
-        "error_if_tagged_old_versions": error_if_tagged_old_versions,
-        "delete_rate_limit": delete_rate_limit,
-        "versions": wanted,
-    }
-    return _clean(table, ref.target, choice, dry_run=dry_run)
+    choice = _Choice(
+        older_than,
+        retain_versions,
+        _fold_versions(versions),
+        delete_unverified,
+        error_if_tagged_old_versions,
+        delete_rate_limit,
+        dry_run,
+    )
+    return clean(choice, TableRef.fold(uri, address_of(locals())).pin())
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Which versions go, and how."""
+
+    older_than: dt.timedelta | None
+    retain_versions: int | None
+    versions: list[int] | None
+    delete_unverified: bool
+    error_if_tagged_old_versions: bool
+    delete_rate_limit: int | None
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        check_positive("retain_versions", self.retain_versions)
+        check_positive("delete_rate_limit", self.delete_rate_limit)
+        for name in ("delete_unverified", "error_if_tagged_old_versions", "dry_run"):
+            check_flag(name, getattr(self, name))
+        given = self.older_than
+        if given is not None and not (isinstance(given, dt.timedelta) and given >= dt.timedelta(0)):
+            raise InvalidArgumentError("older_than", given, "must be a timedelta, not negative")
+
+    def engine(self) -> dict[str, Any]:
+        """As the engine's functions take it."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "dry_run"}
 
 
 def _fold_versions(versions: Any) -> list[int] | None:
@@ -153,17 +182,22 @@ def _fold_versions(versions: Any) -> list[int] | None:
     return [int(version) for version in found]
 
 
-def _clean(table: PinnedTable, target: str, choice: dict[str, Any], *, dry_run: bool) -> VersionCleanupReport:
+def clean(choice: _Choice, table: PinnedTable) -> VersionCleanupReport:
+    """Remove the versions of one table; of a database's tables this runs on workers."""
+    target = table.ref.target
+    table = newest(table)  # an opened dataset may show an old version
+    if choice.delete_unverified:
+        _refuse_beside_jobs(table, target)
     dataset = table.open()
     with translate_errors("clean up old versions of", table.uri, secrets=table.secrets):
-        if dry_run:
-            explained = dataset.explain_cleanup_old_versions(**choice)
+        if choice.dry_run:
+            explained = dataset.explain_cleanup_old_versions(**choice.engine())
             stats, warnings = explained.stats, tuple(explained.warnings)
         else:
-            stats, warnings = dataset.cleanup_old_versions(**choice), ()
+            stats, warnings = dataset.cleanup_old_versions(**choice.engine()), ()
     return VersionCleanupReport(
         target,
-        dry_run,
+        choice.dry_run,
         stats.old_versions,
         stats.bytes_removed,
         stats.data_files_removed,
@@ -182,7 +216,127 @@ def _refuse_beside_jobs(table: PinnedTable, target: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class TableCompaction:
+class TableCleanup(_ByName):
+    """What became of one table of a database; also ``item["table_id"]`` and ``item["stats"]``."""
+
+    table_id: list[str]
+    stats: VersionCleanupReport | None = None
+    """What is gone; None with an ``error``."""
+    error: LanceRayError | None = None
+
+    def __str__(self) -> str:
+        name = ".".join(self.table_id)
+        return f"{name}: {type(self.error).__name__}: {self.error}" if self.error is not None else str(self.stats)
+
+
+def cleanup_database_old_versions(
+    *,
+    database: Sequence[str],
+    namespace_impl: Any = None,
+    namespace_properties: dict[str, str] | None = None,
+    rest_config: LanceRestConfig | None = None,
+    io_config: Any = None,
+    storage_options: Any = None,
+    older_than: dt.timedelta | None = None,
+    retain_versions: int | None = None,
+    delete_unverified: bool = False,
+    error_if_tagged_old_versions: bool = True,
+    delete_rate_limit: int | None = None,
+    num_workers: int | None = None,
+    on_failure: OnFailure = "raise",
+    dry_run: bool = False,
+    progress: bool | Reporter | None = None,
+    ray_remote_args: dict[str, Any] | None = None,
+) -> list[TableCleanup]:
+    """Remove old versions of all tables directly in a namespace, several at once, going on past a table that fails.
+
+    Args:
+        database: name of the namespace, as a list of its parts; empty for the root.
+        namespace_impl: the namespace implementation, or a connected namespace.
+        namespace_properties: what the namespace is connected with.
+        rest_config: a REST server instead.
+        io_config: another name of ``storage_options``.
+        storage_options: for the object store, in any form that :func:`lance_ray.stores.storage_options_of` takes.
+        older_than: as for :func:`lance_ray.cleanup_old_versions`, for each table.
+        retain_versions: the same.
+        delete_unverified: the same.
+        error_if_tagged_old_versions: the same.
+        delete_rate_limit: the same; deletions per second of each table.
+        num_workers: tables at once at most; by default what the cluster runs.
+        on_failure: ``raise`` after all tables were tried, or ``report`` failures in the items.
+        dry_run: report only.
+        progress: tables done: False for silence, a reporter, or by default a bar on a terminal, else log lines.
+        ray_remote_args: options of ``ray.remote`` for the tasks, one for each table.
+
+    Returns:
+        One item for each table, in the order of the namespace.
+
+    Raises:
+        InvalidArgumentError, StorageError: an argument is wrong, or the namespace cannot be listed.
+        OperationFailedError: tables failed; its ``failures`` name them. What others had to remove is gone.
+
+    What is said of writers and readers beside it at :func:`lance_ray.cleanup_old_versions` holds for each table.
+    """
+    choice = _Choice(
+        older_than,
+        retain_versions,
+        None,
+        delete_unverified,
+        error_if_tagged_old_versions,
+        delete_rate_limit,
+        dry_run,
+    )
+    check_choice("on_failure", on_failure, ("raise", "report"))
+    at_once, remote_args = Workers(num_workers, None, None, ray_remote_args).fold()
+    options = RunOptions(at_once, progress=progress, on_failure="report")
+    executor = RayExecutor(remote_args, name="cleanup_database")
+    namespace = connect(namespace_impl, namespace_properties, rest_config=rest_config).ref
+    ref = _ref_in(database, namespace, {"storage_options": storage_options, "io_config": io_config})
+    refs = [dataclasses.replace(ref, table_id=name) for name in catalog.list_tables(namespace, tuple(database))]
+    items = _cleaned(refs, choice, options, executor)
+    if on_failure == "raise":
+        _raise_failed([(item, item.error) for item in items if item.error is not None], len(items))
+    return items
+
+
+def _cleaned(refs: Sequence[TableRef], choice: _Choice, options: RunOptions, executor: Executor) -> list[TableCleanup]:
+    """Each table as a task, but for those that the namespace does not find."""
+    items: dict[tuple[str, ...], TableCleanup] = {}
+    tables: list[PinnedTable] = []
+    for ref in refs:
+        try:
+            tables.append(ref.unpinned())
+        except LanceRayError as refused:
+            items[ref.table_id] = TableCleanup(list(ref.table_id), error=refused)
+    if tables:
+        check_cluster(tables)
+        with run_tasks(clean, tables, shared=choice, options=options, executor=executor) as run:
+            for outcome in run:
+                name, cause = outcome.task.ref.table_id, outcome.error and outcome.error.__cause__
+                error = cause if isinstance(cause, LanceRayError) else outcome.error
+                items[name] = TableCleanup(list(name), outcome.result, error)
+    return [items[ref.table_id] for ref in refs]
+
+
+def _ref_in(database: Any, namespace: catalog.NamespaceRef, address: dict[str, Any]) -> TableRef:
+    """What all tables of a namespace have in common, without a name."""
+    names = isinstance(database, Sequence) and not isinstance(database, str)
+    if not names or not all(isinstance(part, str) and part for part in database):
+        raise InvalidArgumentError("database", database, "must be a list of names")
+    ref = TableRef.fold(None, {**address, "namespace_impl": namespace, "table_id": _ANY_TABLE})
+    return dataclasses.replace(ref, table_id=())
+
+
+def _raise_failed(failed: Sequence[tuple[Any, Any]], tables: int) -> None:
+    """Raise OperationFailedError if tables failed, given with what was wrong."""
+    if failed:
+        failures = [TaskFailedError(".".join(item.table_id), 1, why) for item, why in failed]
+        text = "\n".join([f"{len(failed)} of {tables} table(s) failed", *(str(item) for item, _ in failed)])
+        raise OperationFailedError(text, failures=failures, completed=tables - len(failed))
+
+
+@dataclass(frozen=True, slots=True)
+class TableCompaction(_ByName):
     """What became of one table of a database; also ``item["table_id"]`` and ``item["metrics"]``."""
 
     table_id: list[str]
@@ -191,11 +345,6 @@ class TableCompaction:
     error: LanceRayError | None = None
     skipped: bool = False
     """Not begun: time was up."""
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in ("table_id", "metrics", "error", "skipped"):
-            raise KeyError(name)
-        return getattr(self, name)
 
     @property
     def failed(self) -> bool:
@@ -263,12 +412,8 @@ def compact_database(
     """
     check_positive("tables_at_once", tables_at_once, optional=False)
     check_flag("dry_run", dry_run)
-    names = isinstance(database, Sequence) and not isinstance(database, str)
-    if not names or not all(isinstance(part, str) and part for part in database):
-        raise InvalidArgumentError("database", database, "must be a list of names")
     namespace = connect(namespace_impl, namespace_properties, rest_config=rest_config).ref
-    address = {"namespace_impl": namespace, "storage_options": storage_options, "io_config": io_config}
-    ref = dataclasses.replace(TableRef.fold(None, {**address, "table_id": _ANY_TABLE}), table_id=())
+    ref = _ref_in(database, namespace, {"storage_options": storage_options, "io_config": io_config})
     job = fold_job(
         ref,
         fold_engine_options(compaction_options),
@@ -280,11 +425,8 @@ def compact_database(
         progress=progress,
     )
     items = _Database(job, catalog.list_tables(namespace, tuple(database)), dry_run).run(tables_at_once)
-    failed = [item for item in items if item.failed]
-    if failed and on_failure == "raise":
-        failures = [TaskFailedError(".".join(item.table_id), 1, item.error or str(item.metrics)) for item in failed]
-        text = "\n".join([f"{len(failed)} of {len(items)} table(s) failed", *map(str, failed)])
-        raise OperationFailedError(text, failures=failures, completed=len(items) - len(failed))
+    if on_failure == "raise":
+        _raise_failed([(item, item.error or str(item.metrics)) for item in items if item.failed], len(items))
     return items
 
 

@@ -120,7 +120,7 @@ def create_table(
         StorageError: the catalog or the store failed.
 
     The rows are committed at once or not at all, and files of a failure are removed. Of several callers that create the
-    same table at once, one succeeds; the others get TableExistsError.
+    same table at once, one succeeds; the others get TableExistsError, as from any other conflict over the name.
     """
     ref = TableRef.fold(
         uri,
@@ -177,7 +177,7 @@ def register_table(
         InvalidArgumentError: the catalog does not take this location.
         StorageError: it did not answer, or refused.
 
-    After an error the catalog is as it was. Of several callers with the same name, one succeeds.
+    After an error the catalog is as it was. Of concurrent callers with the same name, one succeeds.
     """
     check_text("location", location, optional=False)
     client = connect(namespace_impl, namespace_properties, rest_config=rest_config)
@@ -314,8 +314,9 @@ def create_lance_table_rest(
         What was written.
 
     Raises:
-        LanceRayError: as :func:`create_table`. What is said of failures and of others there holds here, too: a table
-            that exists is as it was.
+        LanceRayError: as :func:`create_table`. A table that exists is as it was.
+
+    What is said of failures and of concurrent callers at :func:`create_table` holds here, too.
     """
     check_rest_config(rest_config)
     return create_table(namespace_impl=rest_config.namespace(), table_id=_in(namespace, table_name), schema=schema)
@@ -337,6 +338,8 @@ def register_lance_table_rest(
 
     Raises:
         LanceRayError: as :func:`register_table`. The catalog is as it was, also where others took the name first.
+
+    What is said of concurrent callers at :func:`register_table` holds here, too.
     """
     check_rest_config(rest_config)
     check_text("table_uri", table_uri, optional=False)

@@ -14,7 +14,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from lance_ray.arrow import to_arrow
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.executors import check_dataset, check_sendable, checked_ray_args, connect_ray
+from lance_ray.executors import check_dataset, check_sendable, checked_ray_args, connect_ray, unnamed_options
 from lance_ray.full_start import start_in_full
 from lance_ray.memory import keep_freed_memory
 from lance_ray.nearest import QUERY_INDEX, vector_type
@@ -165,14 +165,15 @@ def nearest_join(
     check_cluster([table])
     index = choose_index(table.open(), column, nearest or {}, None)
     batch: Any = join_batch  # Ray declares functions of one argument only
-    joined: Dataset = start_in_full(ds).map_batches(
-        batch,
-        fn_kwargs={"join": join},
-        batch_format="pyarrow",
-        batch_size=batch_size or (_FLAT_QUERIES if index is None else _INDEX_QUERIES),
-        compute=TaskPoolStrategy(size=concurrency),
-        **{"num_cpus": 1, **remote_args},
-    )
+    with unnamed_options():
+        joined: Dataset = start_in_full(ds).map_batches(
+            batch,
+            fn_kwargs={"join": join},
+            batch_format="pyarrow",
+            batch_size=batch_size or (_FLAT_QUERIES if index is None else _INDEX_QUERIES),
+            compute=TaskPoolStrategy(size=concurrency),
+            **{"num_cpus": 1, **remote_args},
+        )
     return joined
 
 

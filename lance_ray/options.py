@@ -10,12 +10,15 @@ import datetime as dt
 import inspect
 import itertools
 import operator
+import os
 import random
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import lance
 import numpy as np
@@ -128,6 +131,9 @@ def strings(parameter: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+READ_PARAMS = ("cache_repetition_index", "validate_on_decode")
+
+
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
     """How a dataset is opened, on the driver and on every worker alike."""
@@ -137,8 +143,16 @@ class OpenOptions:
     metadata_cache_size_bytes: int | None = None
     default_scan_options: Mapping[str, Any] | None = field(default=None, hash=False, compare=False)
     commit_lock: Any = field(default=None, hash=False, compare=False)
+    read_params: Mapping[str, bool] | None = field(default=None, hash=False, compare=False)
+    """Switches of the engine's decoder: :data:`READ_PARAMS`."""
+    session: Any = field(default=None, hash=False, compare=False, repr=False)
+    """The caller's own, for this process; others have theirs."""
 
     def __post_init__(self) -> None:
+        self._fold_read_params()
+        kind = lance.Session  # type: ignore[attr-defined] # exported, but not declared so
+        if self.session is not None and not isinstance(self.session, kind):
+            raise InvalidArgumentError("session", type(self.session).__name__, "must be a lance.Session")
         check_positive("block_size", self.block_size)
         check_positive("index_cache_size_bytes", self.index_cache_size_bytes, zero=True)
         check_positive("metadata_cache_size_bytes", self.metadata_cache_size_bytes, zero=True)
@@ -148,10 +162,19 @@ class OpenOptions:
         if self.default_scan_options is not None:
             object.__setattr__(self, "default_scan_options", dict(self.default_scan_options))
 
+    def _fold_read_params(self) -> None:
+        check_mapping("read_params", self.read_params)
+        if unknown := sorted(set(self.read_params or ()) - set(READ_PARAMS), key=str):
+            raise InvalidArgumentError("read_params", unknown, f"known keys are {list(READ_PARAMS)}")
+        for name, value in sorted((self.read_params or {}).items()):
+            check_flag(f"read_params[{name!r}]", value)
+        if self.read_params is not None:
+            object.__setattr__(self, "read_params", dict(sorted(self.read_params.items())) or None)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the lock: only the driver commits, and what locks seldom pickles.
+        # Without the lock and the session: only the driver commits, and neither is of use in another process.
         sizes = (self.block_size, self.index_cache_size_bytes, self.metadata_cache_size_bytes)
-        return OpenOptions, (*sizes, self.default_scan_options)
+        return OpenOptions, (*sizes, self.default_scan_options, None, self.read_params)
 
 
 _FOLDED_KEYS = frozenset({"columns", "filter", "limit", "offset", "with_row_id", "with_row_address", "fragments"})
@@ -360,6 +383,16 @@ def fold_dataset_options(given: Mapping[str, Any] | None, **flat: Any) -> tuple[
     return version, asof, OpenOptions(**merged)
 
 
+def split_base_params(given: Any, flat: Any) -> tuple[Any, Any]:
+    """``dataset_options`` without ``base_store_params``, and those: they may be given in either place."""
+    check_mapping("dataset_options", given)
+    inner = (given or {}).get("base_store_params")
+    if None not in (inner, flat) and inner != flat:
+        raise InvalidArgumentError("base_store_params", "...", "is not what dataset_options has of it")
+    rest = {key: value for key, value in (given or {}).items() if key != "base_store_params"}
+    return rest or None, inner if flat is None else flat
+
+
 def fold_seed(shuffle: Any) -> int | None:
     """``shuffle`` as a seed: None for no, a new one for True."""
     if shuffle is None or shuffle is False:
@@ -409,6 +442,26 @@ class PlanOptions:
         check_positive("override_num_blocks", self.override_num_blocks)
 
 
+def normalize_uri(uri: Any, parameter: str = "uri") -> str:
+    """``uri`` as it means the same on every node: ``~``, relative paths and ``file://`` become absolute paths."""
+    if not isinstance(uri, (str, os.PathLike)):
+        raise InvalidArgumentError(parameter, type(uri).__name__, "must be a path, a URI or a LanceDataset")
+    text = os.fspath(uri)
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidArgumentError(parameter, text, "must not be empty")
+    scheme = urlsplit(text).scheme
+    if scheme == "file":
+        return unquote(urlsplit(text).path)
+    if len(scheme) > 1 and "://" in text:
+        alias = _SCHEMES.get(scheme)
+        return text if alias is None else f"{alias}{text[len(scheme) :]}"
+    return str(Path(text).expanduser().absolute())
+
+
+_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "abfss"}
+"""Names that other libraries have for what the engine knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class BasePath:
     """A further place for files. The engine's own class does not pickle, and without an id it is another base in the
@@ -422,9 +475,12 @@ class BasePath:
 
     @classmethod
     def fold(cls, given: Sequence[Any]) -> tuple[BasePath, ...]:
-        """The same bases, each with an id."""
+        """The same bases, each with an id and a path that means the same on every node."""
         free = (number for number in itertools.count(1) if number not in {base.id for base in given})
-        return tuple(cls(base.id or next(free), base.path, base.name, base.is_dataset_root) for base in given)
+        return tuple(
+            cls(base.id or next(free), normalize_uri(base.path, "initial_bases"), base.name, base.is_dataset_root)
+            for base in given
+        )
 
     def engine(self) -> lance.DatasetBasePath:
         """As the engine wants it."""
@@ -448,6 +504,8 @@ class WriteOptions:
     allow_external_blob_outside_bases: bool = False
     max_rows_per_group: int | None = None
     """Of the legacy file format, which alone has groups."""
+    target_all_bases: bool | None = None
+    """Files to all bases in turn: with the table's own folder (True), or without it (False)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _fold_mode(self.mode))
@@ -477,7 +535,13 @@ class WriteOptions:
 
     def _fold_bases(self) -> None:
         if self.target_bases is not None:
-            object.__setattr__(self, "target_bases", strings("target_bases", self.target_bases) or None)
+            named = strings("target_bases", self.target_bases)  # a path means a folder beside the driver
+            places = tuple(normalize_uri(place, "target_bases") if "/" in place else place for place in named)
+            object.__setattr__(self, "target_bases", places or None)
+        if self.target_all_bases is not None:
+            check_flag("target_all_bases", self.target_all_bases)
+            if self.target_bases is not None:
+                raise InvalidArgumentError("target_all_bases", self.target_all_bases, "cannot go with target_bases")
         given = self.initial_bases
         if given is None:
             return

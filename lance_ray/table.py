@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import hashlib
-import os
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import lance
 import pyarrow as pa
@@ -34,7 +31,7 @@ from lance_ray.errors import (
     redact,
     translate_errors,
 )
-from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, pairs, strings
+from lance_ray.options import OpenOptions, Pairs, fold_version, nested_pairs, normalize_uri, pairs, strings
 from lance_ray.stores import check_form, storage_options_of
 
 BaseParams = tuple[tuple[str, Pairs], ...]
@@ -283,26 +280,6 @@ def _fold_bases(given: Any) -> BaseParams:
     return tuple(sorted((base, options or ()) for base, options in named.items()))
 
 
-def normalize_uri(uri: Any) -> str:
-    """``uri`` as it means the same on every node: ``~``, relative paths and ``file://`` become absolute paths."""
-    if not isinstance(uri, (str, os.PathLike)):
-        raise InvalidArgumentError("uri", type(uri).__name__, "must be a path, a URI or a LanceDataset")
-    text = os.fspath(uri)
-    if not isinstance(text, str) or not text.strip():
-        raise InvalidArgumentError("uri", text, "must not be empty")
-    scheme = urlsplit(text).scheme
-    if scheme == "file":
-        return unquote(urlsplit(text).path)
-    if len(scheme) > 1 and "://" in text:
-        alias = _SCHEMES.get(scheme)
-        return text if alias is None else f"{alias}{text[len(scheme) :]}"
-    return str(Path(text).expanduser().absolute())
-
-
-_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "abfss"}
-"""Names that other libraries have for what the engine knows."""
-
-
 def is_local(uri: str) -> bool:
     """Whether the table lies in a file system of the machine, where an operation ends when its call returns."""
     return "://" not in uri
@@ -341,6 +318,7 @@ class PinnedTable:
                 digest,
                 options,
                 options.default_scan_options,
+                None if options.session is None else id(options.session),  # which what is cached keeps alive
             )
         )
 
@@ -378,13 +356,17 @@ class PinnedTable:
     def open_at(self, version: int | str | None) -> lance.LanceDataset:
         """Another version of the same table, never from a cache."""
         options = self.ref.open_options
+        own = options.session
+        if own is None:
+            own = session(options.index_cache_size_bytes, options.metadata_cache_size_bytes)
         with translate_errors("open", self.uri, secrets=self.secrets, version=version):
             return lance.LanceDataset(
                 self.uri,
                 version,
                 options.block_size,
                 commit_lock=options.commit_lock,
-                session=session(options.index_cache_size_bytes, options.metadata_cache_size_bytes),
+                read_params=dict(options.read_params) if options.read_params else None,
+                session=own,
                 **self.store_kwargs(),
             )
 

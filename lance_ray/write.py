@@ -10,8 +10,10 @@ Memory of a write task: its bundle (Ray's, in the object store), one output file
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,7 +24,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 from lance_ray.arrow import align, in_file, to_arrow, unify
 from lance_ray.errors import InvalidArgumentError, LanceRayError, TableExistsError, translate_errors
 from lance_ray.ledger import JobRef, WrittenPath
-from lance_ray.options import WriteOptions
+from lance_ray.options import WriteOptions, normalize_uri
 from lance_ray.retry import RetryPolicy, is_interruption
 from lance_ray.table import WriteTarget
 
@@ -222,7 +224,7 @@ def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
     kwargs: dict[str, Any] = {
         "external_blob_mode": options.external_blob_mode,
         "allow_external_blob_outside_bases": options.allow_external_blob_outside_bases,
-        "target_bases": list(options.target_bases) if options.target_bases else None,
+        "target_bases": _next_place(spec),
     }
     if options.max_rows_per_group is not None:
         kwargs["max_rows_per_group"] = options.max_rows_per_group
@@ -240,6 +242,39 @@ def _engine_kwargs(spec: WriteSpec) -> dict[str, Any]:
         "data_storage_version": version,
         "initial_bases": [base.engine() for base in options.initial_bases or ()] or None,
     }
+
+
+def places_of(target: WriteTarget, options: WriteOptions) -> tuple[str | None, ...]:
+    """The bases that files go to in turn, as the table knows them; None is the table's own folder.
+
+    Raises:
+        InvalidArgumentError: the table has no such base, or none at all.
+    """
+    dataset = None if target.base is None else target.base.open()
+    bases: list[Any] = list(options.initial_bases or ()) if dataset is None else list(dataset.base_paths().values())
+    known: dict[str, str] = {}
+    for base in bases:
+        told = base.name or base.path
+        known |= dict.fromkeys(filter(None, (base.name, base.path, normalize_uri(base.path))), told)
+    if options.target_all_bases is not None:
+        own = (None,) if options.target_all_bases else ()
+        if not known and not own:
+            raise InvalidArgumentError("target_all_bases", False, "the table has no base but its own folder")
+        return (*own, *dict.fromkeys(known.values()))
+    wanted = {place: known.get(place) for place in options.target_bases or ()}
+    if unknown := [place for place, found in wanted.items() if found is None]:
+        raise InvalidArgumentError("target_bases", unknown, f"the bases of the table are {sorted(known)}")
+    return tuple(wanted.values()) or (None,)
+
+
+_turns = itertools.count(random.randrange(2**16))
+"""Whose turn it is: workers begin at different bases, so that also tasks of one file each are spread."""
+
+
+def _next_place(spec: WriteSpec) -> list[str] | None:
+    places = places_of(spec.target, spec.options)
+    place = places[next(_turns) % len(places)]
+    return None if place is None else [place]
 
 
 def format_of(version: str) -> str:

@@ -108,6 +108,7 @@ def write_lance(
     base_store_params: dict[str, dict[str, str]] | None = None,
     initial_bases: Sequence[Any] | None = None,
     target_bases: Sequence[str] | None = None,
+    target_all_bases: bool | None = None,
     external_blob_mode: str = "reference",
     allow_external_blob_outside_bases: bool = False,
     namespace_impl: Any = None,
@@ -145,7 +146,8 @@ def write_lance(
             vended ones of a namespace win over them.
         base_store_params: storage options of further bases, by base URI.
         initial_bases: base paths to register with a new table.
-        target_bases: names or paths of bases that the files go to.
+        target_bases: names or paths of bases that the files go to, in turn.
+        target_all_bases: all bases of the table in turn: with its own folder (True), or without it (False).
         external_blob_mode: ``reference`` or ``ingest`` for blobs given by URI.
         allow_external_blob_outside_bases: allow references to blobs outside the registered bases.
         namespace_impl: ``dir``, ``rest`` or another Lance Namespace implementation.
@@ -198,6 +200,7 @@ def write_lance(
             target_bases,
             external_blob_mode,
             allow_external_blob_outside_bases,
+            target_all_bases=target_all_bases,
         ),
         CommitOptions(commit_message, pairs(transaction_properties, "transaction_properties") or (), job_id),
         ray_remote_args,

@@ -77,7 +77,10 @@ def columns(at: Address) -> None:
 
 
 def rows(at: Address) -> None:
-    lance_ray.update_columns(**at(), columns=["text"], transform={"text": "'new'"}, filter="id < 3", progress=False)
+    lance_ray.update_columns(**at(), columns=["text"], transform={"text": "'new'"}, filter="id < 2", progress=False)
+    third = ray.data.from_arrow(pa.table({"id": [2], "text": ["new"]}))
+    lance_ray.update_columns_from(**at(), ds=third, columns=["text"], on="id", progress=False)
+    lance_ray.merge_into(lance_ray.take(**at(), indices=[5, 30]), **at(), on="id", progress=False)
     assert lance_ray.delete(**at(), predicate="id % 10 = 9").rows == 5
 
 

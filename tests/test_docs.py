@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+from typer.testing import CliRunner
 
 import lance_ray
+from lance_ray import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -83,6 +87,44 @@ def test_the_code_of_the_readme_runs_on_a_folder_in_place_of_the_bucket(folder: 
     assert (days, names["report"].rows, lance.dataset(str(folder / "docs")).count_rows()) == (1, 2000, 2030)
     assert names["german"].count() == 1333 + 20
     assert names["long_ones"].count() == 999
+
+
+SHELL = re.compile(r"^lance-ray (?P<words>[^#\n]*)(?:#.*?exit code (?P<code>\d+))?", re.MULTILINE)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore:unclosed file .*ray-data:ResourceWarning")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if SHELL.search(page.read_text("utf-8"))], ids=lambda page: page.stem
+)
+def test_the_lines_for_a_shell_run_from_the_top_of_a_page_to_its_end(page: Path, folder: Path):
+    (folder / "docs").symlink_to(folder / "documents.lance")
+    documents = lance.dataset("documents.lance")
+    pq.write_table(documents.to_table(columns=["id", "lang", "text"], limit=30), "raw.parquet")
+    np.save("query.npy", np.full(8, 7, np.float32))
+    for line in SHELL.finditer(page.read_text("utf-8")):
+        words = [word.replace("s3://bucket", str(folder)) for word in shlex.split(line["words"])]
+        done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        assert done.exit_code == int(line["code"] or 0), (line[0], done.stderr)
+        assert done.stdout, line[0]
+    assert lance.dataset("documents.lance").count_rows() == 2030
+
+
+def test_the_exit_codes_of_the_page_are_those_of_the_commands():
+    row = re.compile(r"^\|? *(\d+) +\|? *(.+?)(?: *\|)?$", re.MULTILINE)
+    told = row.findall((ROOT / "docs/cli.md").read_text("utf-8"))
+    codes = row.findall(cli.__doc__ or "")
+    assert [(code, text.replace("`", "")) for code, text in told] == [
+        (code, text.replace("`", "")) for code, text in codes
+    ]
+    assert {int(code) for code, _ in told} == {
+        0,
+        cli.FAILED,
+        cli.INTERRUPTED,
+        cli.NEEDS_CARE,
+        *(code for _, code in cli._CODES),
+    }
 
 
 def test_a_block_that_is_not_run_says_why():

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import typer
 from typer.testing import CliRunner
 
 import lance_ray
 from lance_ray import cli
 from lance_ray.errors import CommitConflictError, CommitOutcomeUnknownError, LanceRayError, StorageError
+from lance_ray.table import PinnedTable
 
 pytestmark = [
     pytest.mark.ray,
@@ -293,6 +295,33 @@ def test_each_kind_of_failure_has_its_exit_code(
 
     monkeypatch.setattr(lance_ray, "table_health", fail)
     run("health", table, code=code)
+
+
+def commands() -> dict[str, Any]:
+    """Each command with its parameters."""
+    group: Any = typer.main.get_command(cli.app)
+    found = {name: item for name, item in group.commands.items() if name != "index"}
+    return found | {f"index {name}": item for name, item in group.commands["index"].commands.items()}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_takes_a_cluster_and_prints_json_on_demand(name: str):
+    options = {option for item in commands()[name].params for option in item.opts}
+    assert {"--address", "--json", "--storage-option"} <= options
+
+
+def test_a_command_that_needs_no_ray_is_run_by_a_task_of_the_cluster_that_is_named(
+    table: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(Path(table).parent)
+    there = ("--address", "auto")
+    for words in (("info",), ("health",), ("index", "list"), ("cleanup", "--older-than", "1d", "--dry-run")):
+        here = told(*words, Path(table).name)
+        with monkeypatch.context() as patch:
+            patch.setattr(PinnedTable, "open_at", lambda *_: pytest.fail("opened here"))
+            assert told(*words, Path(table).name, *there) == here
+    refusal("info", f"{table}x", *there, code=cli.NOT_FOUND)
+    refusal("index", "drop", table, "--name", "nope", *there)
 
 
 def test_a_missing_table_and_a_bad_option_are_told_apart(table: str, tmp_path: Path):

@@ -188,6 +188,28 @@ def test_an_update_from_a_dataset_changes_the_rows_that_it_names(uri: str):
     assert_nothing_left_over(uri)
 
 
+def test_values_of_an_older_version_do_not_overwrite_what_others_changed_since(tmp_path: Path):
+    uri = table_at(tmp_path / "t")
+    read = lance_ray.read_lance(uri, with_metadata=True)
+    negative = read.map_batches(negated, batch_format="pyarrow")
+    lance.dataset(uri).update({"value": "7"}, where="id = 200")
+    before = lance.dataset(uri).version
+    for call in (lance_ray.update_columns_from, lance_ray.update_columns):
+        with pytest.raises(SnapshotChangedError):
+            call(uri, negative, columns=["value"], progress=False)
+    other = read.union(lance_ray.read_lance(uri, with_metadata=True))
+    with pytest.raises(InvalidArgumentError, match="read_version"):
+        lance_ray.update_columns_from(uri, other, columns=["value"], progress=False)
+    assert lance.dataset(uri).version == before
+    few = negative.filter(expr=col("id") < 100)  # of fragments that nobody changed
+    assert lance_ray.update_columns_from(uri, few, columns=["value"], progress=False).rows_updated == 86
+    assert (ids_and(uri, "value")[99], ids_and(uri, "value")[200]) == (-990, 7)
+
+
+def negated(batch: pa.Table) -> pa.Table:
+    return batch.set_column(batch.schema.get_field_index("value"), "value", pc.negate(batch["value"]))
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_blocks_without_rows_are_no_different(tmp_path: Path, full: bool):
     uri = table_at(tmp_path / "t")

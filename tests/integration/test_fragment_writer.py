@@ -24,6 +24,7 @@ from lance_ray import (
     TableNotFoundError,
     read_lance,
 )
+from lance_ray.fragment_pickles import file_of_pickles
 from tests.blocks import (
     SECRET,
     TYPED,
@@ -143,6 +144,55 @@ def test_a_file_is_told_as_pickles_for_code_that_commits_by_itself(uri: str):
     schema = pickle.loads(told[0]["schema"])
     lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments))
     assert written_rows(uri) == rows(0, 3).to_pylist()
+
+
+WIDE = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("when", pa.timestamp("us", "UTC"), metadata={"unit": "us"}),
+        pa.field("price", pa.decimal128(10, 2)),
+        pa.field("tags", pa.list_(pa.field("tag", pa.large_string()))),
+        pa.field("vector", pa.list_(pa.float32(), 2)),
+        pa.field("place", pa.struct([pa.field("x", pa.date32()), pa.field("code", pa.binary(4))])),
+        pa.field("kind", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("took", pa.duration("ms")),
+        pa.field("at", pa.time64("us")),
+        lance.blob_field("image"),
+    ],
+    {"made": "by hand"},
+)
+
+
+class OwnWriter:
+    """What a job may have of its own in place of the package's writer: files, told as two pickles."""
+
+    def __init__(self, uri: str, schema: pa.Schema) -> None:
+        self.uri, self.schema = uri, schema
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The rows that lance-ray's writer returns."""
+        made = lance.fragment.write_fragments(batch, self.uri, schema=self.schema)
+        told = [pickle.dumps(item) for item in made]
+        return pa.table({"fragment": told, "schema": [pickle.dumps(self.schema)] * len(told)})
+
+
+def test_files_of_a_jobs_own_writer_are_committed_as_those_of_lance_rays_are(uri: str):
+    for mode in ("create", "append"):
+        told = dataset(rows(0, 2), rows(2, 1)).map_batches(
+            OwnWriter(uri, TYPED), batch_size=None, batch_format="pyarrow"
+        )
+        assert told.schema().names == ["fragment", "schema"]
+        told.write_datasink(LanceFragmentCommitter(uri, mode=mode))
+    assert sorted(ids_of(uri)) == [0, 0, 1, 1, 2, 2]
+    assert versions(uri) == [1, 2]
+
+
+def test_every_type_of_a_schema_is_told_by_its_pickle(uri: str):
+    fragment = lance.fragment.write_fragments(rows(0, 1), uri)[0]
+    row = {"fragment": pickle.dumps(fragment), "schema": pickle.dumps(WIDE)}
+    told = file_of_pickles(row)
+    assert told.arrow_schema.equals(WIDE, check_metadata=True)
+    assert (told.rows, told.metadata()) == (1, fragment)
 
 
 def test_a_file_is_told_as_plain_data(uri: str):

@@ -18,10 +18,12 @@ import pytest
 from lance_ray import (
     CompactionReport,
     TableHealth,
+    cleanup_database_old_versions,
     cleanup_old_versions,
     compact_database,
     compact_files,
     compaction,
+    maintenance,
     table_health,
 )
 from lance_ray.errors import InvalidArgumentError, OperationFailedError, UnsupportedVersionError
@@ -37,7 +39,8 @@ SMALL: dict[str, Any] = {"target_rows_per_fragment": 100}
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in threads of this process."""
-    monkeypatch.setattr(compaction, "RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
+    for module in (compaction, maintenance):
+        monkeypatch.setattr(module, "RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
 
 
 def table_at(path: Path, rows: int = 200) -> str:
@@ -161,6 +164,41 @@ def test_a_table_that_cannot_be_opened_is_an_item_with_its_error(root: Path, mon
     assert items["b"].metrics.done == 2
     with pytest.raises(OperationFailedError, match="a: InvalidArgumentError"):
         database(root, on_failure="raise")
+
+
+def cleaned(root: Path, **options: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"database": [], "retain_versions": 1, "progress": False} | options
+    items = cleanup_database_old_versions(namespace_impl="dir", namespace_properties={"root": str(root)}, **arguments)
+    return {item["table_id"][-1]: item for item in items}
+
+
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_old_versions_of_every_table_go(root: Path, workers: int | None):
+    for name in ("a", "b"):
+        lance.dataset(str(root / f"{name}.lance")).delete("id < 100")
+    would = cleaned(root, dry_run=True)
+    assert (would["a"]["stats"]["old_versions"], would["a"].stats.dry_run) == (1, True)
+    assert versions(root / "a.lance") == [1, 2]
+    items = cleaned(root, num_workers=workers)
+    assert list(items) == ["a", "b", "idle"]
+    assert [item["stats"]["old_versions"] for item in items.values()] == [1, 1, 0]
+    assert items["a"]["stats"]["data_files_removed"] == 10
+    assert [versions(root / f"{name}.lance") for name in items] == [[2], [2], [1]]
+    with pytest.raises(KeyError):
+        items["a"]["nothing"]
+
+
+def test_a_table_that_cannot_be_cleaned_up_does_not_stop_the_others(root: Path):
+    for name in ("a", "b"):
+        lance.dataset(str(root / f"{name}.lance")).delete("id < 100")
+    lance.dataset(str(root / "a.lance")).tags.create("kept", 1)
+    with pytest.raises(OperationFailedError, match=r"1 of 3 table\(s\) failed") as caught:
+        cleaned(root)
+    assert [failure.task for failure in caught.value.failures] == ["a"]
+    assert (versions(root / "a.lance"), versions(root / "b.lance")) == ([1, 2], [2])
+    items = cleaned(root, on_failure="report")
+    assert [name for name, item in items.items() if item.error is not None] == ["a"]
+    assert cleaned(root, error_if_tagged_old_versions=False)["a"].error is None
 
 
 def test_a_dry_run_of_a_database_plans_every_table(root: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -548,6 +549,32 @@ def test_options_of_opening_change_no_row(options: dict[str, Any], table: Path) 
     assert_same(read(table, **options), expected(table))
 
 
+def test_a_session_of_the_caller_serves_this_process_and_no_other(table: Path) -> None:
+    make = lance.Session  # type: ignore[attr-defined] # exported, but not declared so
+    mine = make(index_cache_size_bytes=1 << 20, metadata_cache_size_bytes=1 << 20)
+    source = LanceDatasource(str(table), dataset_options={"session": mine})
+    elsewhere = pickle.loads(pickle.dumps(source))
+    sessions: list[Any] = [item.lance_dataset.session() for item in (source, elsewhere, LanceDatasource(str(table)))]
+    assert [item.is_same_as(mine) for item in sessions] == [True, False, False]
+    assert read_here(table, dataset_options={"session": mine}).num_rows == 970
+
+
+def test_switches_of_the_decoder_reach_every_process(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    class Opened(lance.LanceDataset):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            opened.append(keywords["read_params"])
+            super().__init__(*args, **keywords)
+
+    monkeypatch.setattr(lance, "LanceDataset", Opened)
+    params = {"validate_on_decode": True, "cache_repetition_index": False}
+    source = LanceDatasource(str(table), dataset_options={"read_params": params})
+    pickle.loads(pickle.dumps(source))._specs[0].table.open_at(None)
+    assert opened[0] == opened[-1] == params
+    assert len(opened) == 2
+
+
 # A scan that breaks
 
 
@@ -769,4 +796,5 @@ def test_options_of_ray_reach_the_tasks_by_name_and_win_over_the_dict(table: Pat
 
     assert [given[0][name] for name in ("num_cpus", "max_calls", "memory", "ray_remote_args")] == [0.5, 3, 9, None]
     assert [given[1][name] for name in ("concurrency", "ray_remote_args")] == [2, {"max_retries": 1}]
-    assert read(table, num_cpus=0.5, ray_remote_args={"memory": 10_000_000}).num_rows == 970
+    further = {"memory": 10_000_000, "scheduling_strategy": "SPREAD"}  # the last has no name there: no warning of it
+    assert read(table, num_cpus=0.5, ray_remote_args=further).num_rows == 970

@@ -676,6 +676,39 @@ def test_files_go_to_the_bases_asked_for(tmp_path: Path, uri: str, is_root: bool
     assert not (Path(uri) / "_lance_ray").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"target_bases": ["cold", "hot"]}, {"hot": 3, "cold": 3}),
+        ({"target_all_bases": True}, {"table": 2, "hot": 2, "cold": 2}),
+        ({"target_all_bases": False}, {"hot": 3, "cold": 3}),
+    ],
+    ids=["named", "all", "all others"],
+)
+def test_files_go_to_several_bases_in_turn(tmp_path: Path, asked: dict[str, Any], wanted: dict[str, int]):
+    uri = str(tmp_path / "table")
+    bases = [DatasetBasePath(str(tmp_path / name), name=name) for name in ("hot", "cold")]
+    for mode, place in (("create", {**asked, "initial_bases": bases}), ("append", asked)):
+        write_lance(dataset(rows(0, 6)), uri, mode=mode, stream=True, max_rows_per_file=1, **place)
+        found = {path.name: len(list(path.rglob("*.lance"))) for path in tmp_path.iterdir()}
+        assert {name: count for name, count in found.items() if count} == wanted
+        wanted = {name: 2 * count for name, count in wanted.items()}
+    assert sorted(ids_of(uri)) == sorted([*range(6)] * 2)
+
+
+def test_a_base_by_a_relative_path_is_the_folder_beside_the_driver(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Workers have other current folders."""
+    monkeypatch.chdir(tmp_path)
+    bases = [DatasetBasePath("hot", name="hot")]
+    write_lance(dataset(rows(0, 2)), uri, initial_bases=bases, target_bases=["./hot"])
+    write_lance(dataset(rows(2, 2)), uri, mode="append", target_bases=["hot"])
+    monkeypatch.chdir("/")
+    assert ids_of(uri) == [0, 1, 2, 3]
+    assert len(files_below(tmp_path / "hot")) == 2
+
+
 @pytest.mark.parametrize("is_root", [True, False], ids=["dataset root", "plain folder"])
 @pytest.mark.parametrize("mode", ["create", "append"])
 def test_a_failed_write_takes_its_files_out_of_the_bases(tmp_path: Path, uri: str, is_root: bool, mode: str):

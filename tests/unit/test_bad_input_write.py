@@ -92,6 +92,9 @@ NAMESPACE = {"namespace_impl": "dir", "namespace_properties": {"root": "/nowhere
         ({"initial_bases": ["s3://b"]}, "initial_bases", "DatasetBasePath"),
         ({"target_bases": "hot"}, "target_bases", "list"),
         ({"target_bases": ["hot"]}, "target_bases", "[]"),
+        ({"target_bases": ["s3://b/hot"]}, "target_bases", "[]"),
+        ({"target_bases": ["hot"], "target_all_bases": True}, "target_all_bases", "target_bases"),
+        ({"target_all_bases": False}, "target_all_bases", "no base"),
         (
             {"initial_bases": [DatasetBasePath("/b", name="cold")], "target_bases": ["hot"]},
             "target_bases",
@@ -204,6 +207,8 @@ def test_an_unknown_scheme(tmp_path: Path):
     [
         ({"initial_bases": [DatasetBasePath("/b", name="b")]}, "initial_bases", "new|created"),
         ({"target_bases": ["hot"]}, "target_bases", "bases of the table"),
+        ({"target_bases": ["/nowhere"]}, "target_bases", "bases of the table"),
+        ({"target_all_bases": False}, "target_all_bases", "no base"),
         ({"data_storage_version": "2.2"}, "data_storage_version", r"2\.1"),
         ({"enable_stable_row_ids": True}, "enable_stable_row_ids", "without them"),
     ],

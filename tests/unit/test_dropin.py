@@ -127,6 +127,53 @@ LANCE_RAY = {
     ),
 }
 
+# What lance-ray has after 0.5.0, in its repository.
+LATER = {
+    "cleanup.cleanup_old_versions": (
+        "uri=None",
+        "table_id=None, older_than=None, retain_versions=None, delete_unverified=False,"
+        "error_if_tagged_old_versions=True, delete_rate_limit=None, storage_options=None, namespace_impl=None,"
+        "namespace_properties=None",
+    ),
+    "cleanup.cleanup_database_old_versions": (
+        "",
+        "database, namespace_impl, namespace_properties=None, older_than=None, retain_versions=None,"
+        "delete_unverified=False, error_if_tagged_old_versions=True, delete_rate_limit=None, num_workers=4,"
+        "storage_options=None, ray_remote_args=None",
+    ),
+    "io.update_columns": (
+        "uri=None",
+        "transform, columns, filter=None, read_columns=None, namespace_impl=None, namespace_properties=None,"
+        "table_id=None, batch_size=1024, concurrency=None",
+    ),
+    "io.update_columns_from": (
+        "uri=None, ds=None",
+        "columns, read_version=None, ray_remote_args=None, storage_options=None, namespace_impl=None,"
+        "namespace_properties=None, table_id=None, batch_size=1024",
+    ),
+    "io.write_lance": ("ds, uri=None", "target_bases=None, target_all_bases=None"),
+    "upsert.merge_into": (
+        "ds, uri=None",
+        "on, table_id=None, namespace_impl=None, namespace_properties=None, storage_options=None, num_workers=4,"
+        "num_partitions=None, ray_remote_args=None",
+    ),
+}
+
+# What connectors before it had, and no installed one has any more.
+BEFORE = {
+    "compaction.compact_files": (
+        "uri, io_config=None",
+        "storage_options=None, version=None, asof=None, block_size=None, commit_lock=None, index_cache_size=None,"
+        "default_scan_options=None, metadata_cache_size_bytes=None, compaction_options=None, num_partitions=None,"
+        "concurrency=None, micro_commit_batch_size=None",
+    ),
+    "catalog.LanceRestConfig": ("base_url, api_key=None, timeout=None, headers=None", ""),
+    "namespaces.create_lance_table_rest": ("rest_config, namespace, table_name, schema", ""),
+    "namespaces.register_lance_table_rest": ("rest_config, namespace, table_name, table_uri", ""),
+    "io.read_lance": ("uri", "rest_config=None"),
+    "io.write_lance": ("ds, uri", "rest_config=None"),
+}
+
 # None lets the cluster decide the workers (4 raise an error on a cluster of 2 CPUs there), and the width of a row the
 # rows of a batch (1024 of them cost ten times the time where rows are narrow).
 BY_THE_CLUSTER, BY_THE_WIDTH = ("num_workers", 4), ("batch_size", 1024)
@@ -170,11 +217,48 @@ def differences(theirs: Mapping[str, inspect.Parameter], found: Any) -> list[str
     return [*told, *(f"place of {name}" for name, other in zip(places, here, strict=False) if name != other)]
 
 
+def found_as(name: str) -> Any:
+    """What there is of this name, in the module that it is imported from."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"lance_ray.{module}"), attribute)
+
+
 @pytest.mark.parametrize("name", LANCE_RAY)
 def test_a_call_written_for_lance_ray_is_valid(name):
-    module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(f"lance_ray.{module}"), attribute)
-    assert differences(declared(LANCE_RAY[name]), found) == []
+    assert differences(declared(LANCE_RAY[name]), found_as(name)) == []
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_call_written_for_later_lance_ray_is_valid(name):
+    assert differences(declared(LATER[name]), found_as(name)) == []
+    assert getattr(lance_ray, name.rpartition(".")[2]) is found_as(name)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_call_written_for_connectors_before_it_is_valid(name):
+    assert differences(declared(BEFORE[name]), found_as(name)) == []
+    assert getattr(lance_ray, name.rpartition(".")[2]) is found_as(name)
+
+
+# What callers read of a result, by attribute or by key.
+READ = {
+    "CompactionReport": ("fragments_removed", "fragments_added", "files_removed", "files_added"),
+    "VersionCleanupReport": (
+        *("bytes_removed", "old_versions", "data_files_removed", "transaction_files_removed", "index_files_removed"),
+        "deletion_files_removed",
+    ),
+    "TableCompaction": ("table_id", "metrics"),
+    "TableCleanup": ("table_id", "stats"),
+    "ColumnsReport": ("version", "rows_updated"),
+}
+BY_KEY = ("VersionCleanupReport", "TableCompaction", "TableCleanup")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_result_has_what_code_for_lance_ray_reads_of_it(name):
+    found = getattr(lance_ray, name)
+    assert [item for item in READ[name] if item not in (*found.__dataclass_fields__, *vars(found))] == []
+    assert hasattr(found, "__getitem__") is (name in BY_KEY)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from lance_ray.errors import (
     VersionNotFoundError,
 )
 from lance_ray.ledger import JobRef
-from lance_ray.options import OpenOptions, WriteOptions
-from lance_ray.table import PinnedTable, TableRef, WriteTarget, normalize_uri, session
+from lance_ray.options import OpenOptions, WriteOptions, normalize_uri
+from lance_ray.table import PinnedTable, TableRef, WriteTarget, session
 from lance_ray.write import WriteSpec
 from tests.blocks import SECRET, ids_of, rows, versions
 
@@ -53,6 +53,17 @@ def test_paths_of_every_kind_become_one_absolute_path(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     spelled = ["~/a b/t", "a b/t", "./a b/t", Path("a b/t"), f"file://{tmp_path}/a%20b/t", str(tmp_path / "a b" / "t")]
     assert {normalize_uri(item) for item in spelled} == {f"{tmp_path}/a b/t"}
+
+
+def test_the_root_of_a_catalog_of_folders_is_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for root in ("catalog", "./catalog", Path("catalog"), f"file://{tmp_path}/catalog"):
+        found = fold(namespace_impl="dir", namespace_properties={"root": root, "other": "x"}, table_id=["t"])
+        assert found.namespace is not None
+        assert dict(found.namespace.properties) == {"root": f"{tmp_path}/catalog", "other": "x"}
+    far = fold(namespace_impl="dir", namespace_properties={"root": "s3://bucket/catalog"}, table_id=["t"])
+    assert far.namespace is not None
+    assert dict(far.namespace.properties) == {"root": "s3://bucket/catalog"}
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/a%20b/t", "gs://bucket/t", "az://container/t", "memory://t"])
