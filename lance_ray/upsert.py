@@ -382,9 +382,12 @@ def _with_row_ids(files: Iterable[WrittenFile], ids: np.ndarray) -> Iterator[str
 
 def _marked(spec: MergeSpec, addresses: np.ndarray, options: MergeOptions) -> dict[int, str | None]:
     """The metadata of each fragment without the rows at these addresses; None for one that has no others."""
-    fragments = addresses >> np.uint64(32)
-    order = np.argsort(addresses)
-    tasks = [(int(item), addresses[order][fragments[order] == item].tobytes()) for item in np.unique(fragments)]
+    addresses = np.sort(addresses)
+    fragments, starts = np.unique(addresses >> np.uint64(32), return_index=True)
+    tasks = [
+        (int(number), part.tobytes())
+        for number, part in zip(fragments, np.split(addresses, starts[1:]) if len(starts) else (), strict=True)
+    ]
     if not tasks:
         return {}
     workers = options.workers
