@@ -36,6 +36,7 @@ version) and *commit* (one module), and each question has one file:
 ``datasource``        ``read_lance`` and Ray's Datasource
 ``write``             the worker side of writing
 ``datasink``          Ray's Datasinks: blocks to files, files to one commit
+``block_refs``        datasets of very many small blocks, written from references
 ``writing``           ``write_lance``: a write as tasks, as a stream, or in this process
 ``fragment``          writers made by hand
 ``fragment_pickles``  what rows of lance-ray's own writer tell, read without running what they name
@@ -44,7 +45,9 @@ version) and *commit* (one module), and each question has one file:
 ``transforms``        what computes columns: SQL, functions, classes
 ``fingerprints``      what tells one of those from another across processes
 ``column_commits``    what a change of columns commits, and what it makes of changes by others
-``columns``           ``add_columns``, ``merge_columns``, ``update_columns`` and their worker side
+``columns``           ``add_columns``, ``merge_columns``, ``update_columns``
+``column_jobs``       such a job on its way: rounds of tasks, the commit, what an earlier run has finished
+``column_values``     its worker side: the values of one fragment as one new file
 ``column_merge``      ``merge_columns_from``, ``add_columns_from``, ``update_columns_from``: values from a Ray Dataset
 ``upsert``            ``merge_into``: rows replaced by key, and others added
 ``changes``           ``drop_columns``, ``alter_columns``, ``delete``, ``restore``
@@ -77,8 +80,9 @@ from lance_ray.blobs import BlobHandle, open_blobs
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.changes import ChangeReport, alter_columns, delete, drop_columns, restore
 from lance_ray.cleanup import cleanup_orphans
+from lance_ray.column_jobs import ColumnsReport
 from lance_ray.column_merge import add_columns_from, merge_columns_from, update_columns_from
-from lance_ray.columns import ColumnsReport, add_columns, merge_columns, update_columns
+from lance_ray.columns import add_columns, merge_columns, update_columns
 from lance_ray.compaction import (
     CompactionFailure,
     CompactionPreview,

@@ -1,8 +1,9 @@
 """The only place that talks to Lance Namespaces: connect, describe, declare, and whose storage options win.
 
 Every process has one client for each namespace, wrapped (:class:`CatalogClient`) so that all implementations behave
-alike: a call has a time limit, errors carry no secret, and what ``describe_table`` vended is asked for again only when
-it is about to expire, however many readers and writers of the process want it.
+alike: a call has a time limit, a question is asked again while a catalog that has answered before does not, errors
+carry no secret, and what ``describe_table`` vended is asked for again only when it is about to expire, however many
+readers and writers of the process want it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import lance_namespace
 
 from lance_ray import plugins
 from lance_ray.errors import (
+    UNAVAILABLE,
     InvalidArgumentError,
     LanceRayError,
     StorageError,
@@ -30,9 +32,15 @@ from lance_ray.errors import (
     redact,
 )
 from lance_ray.options import Pairs, check_mapping, normalize_uri, pairs
+from lance_ray.retry import RetryPolicy
 
 CALL_SECONDS = 120.0
 """How long one answer of a namespace is waited for, where nothing else is said."""
+
+PATIENCE = RetryPolicy(max_attempts=8, max_delay=4.0, total_seconds=30.0)
+"""How long a catalog that has answered before is asked again when it does not: 7 to 14 s where it refuses at once."""
+
+_QUESTIONS = ("describe_", "list_")  # what the methods begin with that change nothing, and so may be called twice
 
 EXPIRES, REFRESH_OFFSET = "expires_at_millis", "refresh_offset_millis"
 
@@ -166,6 +174,8 @@ class CatalogClient(lance_namespace.LanceNamespace):
         self._lock = threading.Lock()
         self._asking: dict[tuple[str, ...], threading.Lock] = {}
         self._described: dict[tuple[str, ...], _Described] = {}
+        self._answered = False
+        """Whether it is there at all: only then does it make sense to wait for it."""
 
     @property
     def is_native(self) -> bool:
@@ -208,11 +218,35 @@ class CatalogClient(lance_namespace.LanceNamespace):
         try:
             return _Described(self._within("describe_table", request), None)
         except Exception as error:  # noqa: BLE001  # raised again for all who ask within a moment
-            return _Described(None, RuntimeError(redact(f"{type(error).__name__}: {error}", self.ref.secrets)))
+            text = redact(f"{type(error).__name__}: {error}", self.ref.secrets)
+            # The engine hands on no more than the text, and whether it may pass is not to be lost.
+            passing = plugins.failure_kind(error) in ("transient", "unreachable")
+            return _Described(None, RuntimeError(f"{UNAVAILABLE}{text}" if passing else text))
 
     def _within(self, method: str, request: Any) -> Any:
-        call = getattr(plugins.for_one_call(self._inner), method)
-        return _within(lambda: call(request), self.ref.timeout, f"{method} of {self.ref.impl}")
+        what = f"{method} of {self.ref.impl}"
+
+        def once() -> Any:
+            call = getattr(plugins.for_one_call(self._inner), method)
+            answer = _within(lambda: call(request), self.ref.timeout, what)
+            self._answered = True
+            return answer
+
+        def may_pass(error: BaseException) -> bool:
+            if not self._answered or isinstance(
+                error, LanceRayError
+            ):  # an answer that took too long is waited for once
+                return False
+            if not method.startswith(_QUESTIONS):
+                return plugins.was_not_sent(error)
+            return plugins.failure_kind(error) in ("transient", "unreachable")
+
+        try:
+            return PATIENCE.call(once, retry_on=may_pass, what=what, secrets=self.ref.secrets)
+        except Exception as error:
+            if may_pass(error):  # waited for in vain: until it answers again, that is told at once
+                self._answered = False
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _client, (self.ref,)

@@ -30,29 +30,27 @@ from lance_ray import commit
 from lance_ray.arrow import align, to_arrow, unify
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.column_commits import AddColumns, UpdateColumns, added_fields, live_rows
-from lance_ray.columns import (
+from lance_ray.column_jobs import (
     MAX_REPLANS,
     ColumnJob,
-    ColumnSpec,
     ColumnsReport,
     ColumnWorkers,
-    Loaded,
-    Reading,
-    Running,
-    at_version,
-    columns_of,
-    fold_job,
-    fragments_of_one,
     landed_in,
+    refuse_existing,
+    run_job,
+)
+from lance_ray.column_values import (
+    ColumnSpec,
+    Loaded,
+    fragments_of_one,
     load,
     record_result,
-    refuse_existing,
     rows_of_batch,
-    run_job,
     spread,
     unchanged,
     values_of,
 )
+from lance_ray.columns import Reading, Running, at_version, columns_of, fold_job
 from lance_ray.datasource import make_datasource, versions_read
 from lance_ray.errors import (
     CommitOutcomeUnknownError,

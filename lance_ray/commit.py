@@ -435,9 +435,14 @@ def _resolve(table: PinnedTable, operation: Operation, landing: Landing, error: 
         return found
     if exists and operation.strict:
         raise TableExistsError(table.ref.target) from error  # the place that this commit needs is taken
-    if not _certain(error) and not is_local(table.uri):
+    if not _certain(error) and not _over(table):
         raise _unknown(table, landing, error) from error
     return None
+
+
+def _over(table: PinnedTable) -> bool:
+    """Whether a commit that raised cannot land any more: what is on its way to a store or to a catalog can."""
+    return is_local(table.uri) and not table.managed_versioning
 
 
 def _certain(error: Exception) -> bool:
@@ -582,7 +587,7 @@ def _landed_rewrites(
         found = _version_holding(table, {name for item in rewrites for name in item.done.files})
     except LanceRayError as failure:
         raise _unknown(table, landing, failure) from error
-    if found is None and not _certain(error) and not is_local(table.uri):
+    if found is None and not _certain(error) and not _over(table):
         raise _unknown(table, landing, error) from error
     return found
 

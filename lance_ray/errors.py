@@ -265,11 +265,12 @@ _PASSWORD = re.compile(r"(://[^/\s:@]+:)[^\s@\"']+(?=@)")
 
 # The engine reports by text, not by type: a missing table and an unreachable store are both ValueError. These are
 # the only string matches on engine messages in the package; tests/unit/test_errors.py pins each to what pylance says.
-_SOURCE_LOCATION = re.compile(r",?\s*/\S+\.rs:\d+:\d+")
+_SOURCE_LOCATION = re.compile(r",?\s*(?:/|\bsrc/)\S+\.rs:\d+:\d+")
 _NOT_FOUND = re.compile(r"Dataset at path .* was not found|Table .*(?:not found|does not exist)", re.DOTALL)
 _VERSION_NOT_FOUND = re.compile(
     r"\.manifest was not found|Ref not found|Ref is invalid|Version .*not found|does not exist", re.DOTALL
 )
+_UNKNOWN_OUTCOME = re.compile(r"Commit result for version \d+ is unknown")  # whatever it says after that of a conflict
 _EXISTS = re.compile(r"Dataset already exists")
 _CONFLICT = re.compile(
     r"(?<![\w/.=-])[Cc]onflict(?![\w/.%-])|concurrent commit|Too many concurrent|CommitConflict"
@@ -278,6 +279,10 @@ _CONFLICT = re.compile(
 _RETRYABLE_CONFLICT = re.compile(r"[Rr]etryable commit conflict|please retry|Too many concurrent")
 _NO_STORE = "No object store provider"
 _NO_OBJECT = "Not found: "
+UNAVAILABLE = "Service unavailable: "
+"""How an error of a catalog begins that may pass by itself."""
+_OF_CATALOG = "Namespace error: "  # what a catalog that keeps the versions told the engine
+_OF_STORES = ("LanceError(IO)", _NO_STORE, _NO_OBJECT, _OF_CATALOG)
 _USER_INPUT = re.compile(r"Invalid user input|Error resolving filter|No field named")
 _STATUS = re.compile(r"status code: (\d{3})")
 _STATUS_KINDS: dict[str, StorageErrorKind] = {"401": "denied", "403": "denied", "404": "missing", "408": "transient"}
@@ -295,7 +300,8 @@ _KINDS: tuple[tuple[StorageErrorKind, re.Pattern[str]], ...] = (
     (
         "transient",
         re.compile(
-            r"SlowDown|throttl|connection reset|reset by peer|broken pipe|incomplete message|connection closed"
+            rf"SlowDown|throttl|{UNAVAILABLE}(?!.*connect error)"
+            r"|connection reset|reset by peer|broken pipe|incomplete message|connection closed"
             r"|unexpected end of file|(?<!retry_)timed? ?out|error decoding response body|temporarily unavailable",
             re.IGNORECASE,
         ),
@@ -354,6 +360,8 @@ def translate(
     message, target = tidy(str(error), secrets), redact(target, secrets)
     if isinstance(error, FileNotFoundError) and error.errno == errno.ENOENT and not message.startswith("LanceError"):
         return error
+    if _UNKNOWN_OUTCOME.search(message):
+        return StorageError(f"{action} {target}: {message}", target=target)
     if _EXISTS.search(message):
         return TableExistsError(target)
     if version is not None and _VERSION_NOT_FOUND.search(message):
@@ -365,7 +373,7 @@ def translate(
     if type(error).__name__ == "CommitConflictError" or _CONFLICT.search(message):
         retryable = bool(getattr(error, "retryable", False)) or bool(_RETRYABLE_CONFLICT.search(message))
         return CommitConflictError(f"{action} {target}: {message}", retryable=retryable)
-    if isinstance(error, OSError) or "LanceError(IO)" in message or _NO_STORE in message or _NO_OBJECT in message:
+    if isinstance(error, OSError) or any(text in message for text in _OF_STORES):
         kind = _os_kind(error) or storage_error_kind(message)
         return StorageError(f"{action} {target}: {message}", kind=kind, target=target)
     if message.startswith("LanceError("):

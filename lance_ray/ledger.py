@@ -280,7 +280,7 @@ class JobRef:
             return known
 
     def _entries(self, store: _Store) -> list[str]:
-        return [name for name in store.list(self._folder) if not name.endswith((f"/{_HEADER}", f"/{_BEAT}"))]
+        return [name for name in store.notes(self._folder) if not name.endswith((f"/{_HEADER}", f"/{_BEAT}"))]
 
     def _superfluous(self, committed: int) -> tuple[WrittenPath, ...]:
         if len(self._entries(_Store(self.table))) <= committed:
@@ -358,7 +358,7 @@ class _Run:
 def _runs(table: PinnedTable, job_id: str | None = None) -> list[_Run]:
     """The runs in the ledger: of one job, or of all."""
     store = _Store(table)
-    names = set(store.list(FOLDER if job_id is None else f"{FOLDER}/{job_id}"))
+    names = set(store.notes(FOLDER if job_id is None else f"{FOLDER}/{job_id}"))
     places = sorted({tuple(parts[1:3]) for parts in (name.split("/") for name in names) if len(parts) == 4})
     found = []
     for job, run in places:
@@ -564,6 +564,13 @@ class _Store:
     def list(self, folder: str) -> list[str]:
         with self._translated("list"):
             return [path if path.startswith(folder) else f"{folder}/{path}" for path in self._session.list(folder)]
+
+    def notes(self, folder: str) -> Sequence[str]:
+        """The finished JSON files below a folder: on disk the engine begins each under another name.
+
+        A run of which only such a beginning is there is about to write its header, and not one that died.
+        """
+        return [name for name in self.list(folder) if name.endswith(".json")]
 
     def delete(self, name: str) -> None:
         """Delete one file; one that is gone already is fine."""

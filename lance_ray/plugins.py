@@ -76,6 +76,7 @@ _KINDS_BY_NAME: dict[str, StorageErrorKind] = {
 _HTTP_STATUS = re.compile(r"(?:status=|HTTP )(\d{3})\b")
 _STATUS_KINDS: dict[str, StorageErrorKind] = {"401": "denied", "403": "denied", "404": "missing", "429": "transient"}
 _NO_NAMESPACE = re.compile(r"Namespace .*does not exist")
+_NOT_SENT = re.compile(r"tcp connect error")  # of the engine's client, which tries once
 _NO_CONNECTION = re.compile(r"Could not connect to (?:any of|the endpoint)|Failed to establish a new connection")
 
 
@@ -177,7 +178,18 @@ def translated(
     return StorageError(f"{what}: {message}", kind=_known_kind(error, message) or "unreachable", target=target)
 
 
-def _meaning(error: Exception, message: str) -> _Meaning | None:
+def failure_kind(error: BaseException) -> StorageErrorKind | None:
+    """What kind of failure of the catalog an implementation raised; None for an answer, and for any other error."""
+    message = str(error)
+    return _known_kind(error, message) if _meaning(error, message) is None else None
+
+
+def was_not_sent(error: BaseException) -> bool:
+    """Whether a call certainly did not reach the catalog, so that it may be repeated whatever it does."""
+    return _NOT_SENT.search(str(error)) is not None
+
+
+def _meaning(error: BaseException, message: str) -> _Meaning | None:
     if _OTHER_FORMAT.search(message):  # which DLF raises as a table that is not there
         return "refused"
     for cls, meaning in _BY_TYPE:

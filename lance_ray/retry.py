@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Final, TypeVar
@@ -107,6 +107,7 @@ class RetryPolicy:
         *,
         retry_on: Callable[[BaseException], bool] = is_transient,
         what: str = "request",
+        secrets: Iterable[str] = (),
     ) -> T:
         """The result of the first attempt that succeeds.
 
@@ -114,6 +115,7 @@ class RetryPolicy:
             factory: does the whole step; called once for each attempt, so it must be safe to repeat.
             retry_on: which errors are worth another attempt.
             what: names the step in the log.
+            secrets: values that errors may hold and the log must not.
 
         Raises:
             Exception: the last attempt's error, with a note on how many there were.
@@ -131,7 +133,7 @@ class RetryPolicy:
                 if delay is None:
                     _note_attempts(error, what, attempt, now - failing_since)
                     raise
-                log_retry(what, attempt, delay, error)
+                log_retry(what, attempt, delay, error, secrets)
             sleep(delay)
 
     def iterate(
@@ -182,7 +184,7 @@ def _note_attempts(error: Exception, what: str, attempts: int, seconds: float) -
         error.add_note(f"{what}: gave up after {attempts} attempts in {seconds:.1f} s")
 
 
-def log_retry(what: str, attempt: int, delay: float, error: BaseException) -> None:
+def log_retry(what: str, attempt: int, delay: float, error: BaseException, secrets: Iterable[str] = ()) -> None:
     """Log, once and without secrets, that an attempt failed and when the next one follows."""
-    reason = redact(f"{type(error).__name__}: {error}")
+    reason = redact(f"{type(error).__name__}: {error}", secrets)
     _LOG.info("%s: attempt %d failed, next in %.1f s (%s)", what, attempt, delay, reason)

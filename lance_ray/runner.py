@@ -28,7 +28,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 from lance_ray.errors import InvalidArgumentError, TaskFailedError, WorkerEnvironmentError
 from lance_ray.executors import WORKER_LOST, Executor, RayExecutor, Session, Work, Worker, checked_ray_args, name_of
 from lance_ray.progress import Progress, Reporter, check_progress, reporter_for
-from lance_ray.retry import RetryPolicy, is_transient, log_retry
+from lance_ray.retry import RetryPolicy, is_interruption, log_retry
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -128,8 +128,8 @@ def run_tasks(
     Nothing starts before the first outcome is asked for, and tasks are taken from ``tasks`` only as there is room. When
     the iteration ends early (break, exception, Ctrl-C, ``close()``) the outstanding tasks are cancelled.
 
-    An attempt is repeated after a transient error (:func:`lance_ray.retry.is_transient`) or when its worker was lost:
-    ``fn`` may run more than once for a task.
+    An attempt is repeated after an interruption (:func:`lance_ray.retry.is_interruption`: whoever planned the tasks has
+    reached the store) or when its worker was lost: ``fn`` may run more than once for a task.
 
     Args:
         fn: a module-level function; it runs in worker processes.
@@ -322,7 +322,7 @@ class _Window(Generic[T, R]):
             work.failing_since = now
         if isinstance(error, _OverdueError) or work.lost >= self._options.max_worker_losses:
             return None
-        if not lost and not is_transient(error):
+        if not lost and not is_interruption(error):
             return None
         return self._options.retry.next_delay(work.attempts, now - work.failing_since)
 

@@ -27,8 +27,8 @@ from lance.fragment import FragmentMetadata, RowIdSequence
 from lance_ray import commit
 from lance_ray.arrow import align, to_arrow
 from lance_ray.catalog import LanceRestConfig
+from lance_ray.column_jobs import ColumnWorkers, landed_in
 from lance_ray.column_merge import MergeOptions, grouped, schema_of
-from lance_ray.columns import ColumnWorkers, landed_in
 from lance_ray.datasink import write_retry
 from lance_ray.errors import (
     CommitOutcomeUnknownError,

@@ -16,6 +16,7 @@ from ray.data import Dataset
 
 from lance_ray import commit
 from lance_ray.arrow import check_names, to_arrow
+from lance_ray.block_refs import shares_of, write_shares
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.datasink import TableSink, check_target, check_workers, commit_files, files_schema, write_retry
@@ -319,7 +320,13 @@ def _run_tasks(job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptio
     try:
         sink.fallback_schema = _checked_schema(ds, spec)
         remote_args = dict(job.ray_remote_args or {})
-        start_in_full(ds).write_datasink(sink, ray_remote_args=remote_args, concurrency=job.concurrency)
+        share_bytes = sink.min_bytes_per_write  # None: rows decide
+        plain = sink.fallback_schema is not None and not remote_args  # Arrow blocks, and no wishes for Ray's tasks
+        shares = shares_of(ds, share_bytes) if plain and share_bytes else []
+        if shares:
+            write_shares(sink, shares, job.concurrency)
+        else:
+            start_in_full(ds).write_datasink(sink, ray_remote_args=remote_args, concurrency=job.concurrency)
     except BaseException as error:
         # Ctrl-C does not reach on_write_failed; whatever it was goes on to the caller, in the package's own type.
         sink.abandon(error)

@@ -16,7 +16,7 @@ from lance_namespace import (
     ListTablesRequest,
     ListTablesResponse,
 )
-from lance_namespace.errors import TableAlreadyExistsError, TableNotFoundError
+from lance_namespace.errors import ServiceUnavailableError, TableAlreadyExistsError, TableNotFoundError
 
 from tests.leaks import secret
 
@@ -65,16 +65,22 @@ class Own(lance_namespace.LanceNamespace):
 
 
 class Vending(Own):
-    """Tables on S3, with keys that say in their name when they end. ``log`` counts how often it was asked."""
+    """Tables on S3, with keys that say in their name when they end. ``log`` counts how often it was asked.
 
-    def __init__(self, root: str, bucket: str, endpoint: str, life: str, log: str) -> None:
+    While there is a file ``down`` it does not answer.
+    """
+
+    def __init__(self, root: str, bucket: str, endpoint: str, life: str, log: str, down: str = "") -> None:
         super().__init__(root)
+        self.down = down
         self.bucket, self.endpoint, self.life, self.log = bucket, endpoint, float(life), Path(log)
 
     def location(self, table_id: list[str]) -> str:
         return f"s3://{self.bucket}/{'/'.join(table_id)}"
 
     def vended(self) -> dict[str, str]:
+        if self.down and Path(self.down).exists():
+            raise ServiceUnavailableError("the catalog is down")
         with self.log.open("a") as file:
             file.write("asked\n")
         ends = int((time.time() + self.life) * 1000)

@@ -33,6 +33,7 @@ FORBIDDEN = {
     "retry.py": {"ray"},
     "read.py": {"ray", "lance_namespace"},
     "write.py": {"ray", "lance_namespace"},
+    "column_values.py": {"ray", "lance_namespace"},
     "vectors.py": {"ray", "lance", "lance_namespace"},
     "nearest.py": {"ray", "lance_namespace"},
     "lookup.py": {"ray", "lance_namespace"},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import lance_ray
 from lance_ray import commit
@@ -17,20 +18,22 @@ from tests.faults.model import SMALL, local_tasks
 from tests.faults.stores import rows
 
 MORE = pa.table({"id": list(range(1000, 1100))})
-OPERATIONS: dict[str, Callable[[str], Any]] = {
-    "create": lambda uri: lance_ray.create_table(uri, MORE, mode="create"),
-    "append": lambda uri: lance_ray.create_table(uri, MORE, mode="append"),
-    "overwrite": lambda uri: lance_ray.create_table(uri, MORE, mode="overwrite"),
-    "compact_files": lambda uri: lance_ray.compact_files(uri, compaction_options=SMALL, progress=False),
-    "add_columns": lambda uri: lance_ray.add_columns(
-        uri, transform=lambda batch: pa.table({"new": batch["id"]}), progress=False
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "create": lambda **at: lance_ray.create_table(**at, data=MORE, mode="create"),
+    "append": lambda **at: lance_ray.create_table(**at, data=MORE, mode="append"),
+    "overwrite": lambda **at: lance_ray.create_table(**at, data=MORE, mode="overwrite"),
+    "compact_files": lambda **at: lance_ray.compact_files(**at, compaction_options=SMALL, progress=False),
+    "add_columns": lambda **at: lance_ray.add_columns(
+        **at, transform=lambda batch: pa.table({"new": pc.multiply(batch["id"], 2)}), progress=False
     ),
-    "update_columns": lambda uri: lance_ray.update_columns(uri, columns=["id"], transform={"id": "id"}, progress=False),
-    "create_scalar_index": lambda uri: lance_ray.create_scalar_index(
-        uri, column="id", index_type="BTREE", progress=False
+    "update_columns": lambda **at: lance_ray.update_columns(
+        **at, columns=["id"], transform={"id": "id"}, progress=False
+    ),
+    "create_scalar_index": lambda **at: lance_ray.create_scalar_index(
+        **at, column="id", index_type="BTREE", progress=False
     ),
 }
-"""Each changes no value of ``id`` that was there, so that the rows tell what became of it."""
+"""By the keywords of a table. Each changes no value of ``id`` that was there: the rows tell what became of it."""
 STEPS = {
     "before its first note": (JobRef, "record", "before"),
     "after its first note": (JobRef, "record", "after"),
@@ -71,4 +74,4 @@ if __name__ == "__main__":
     for place in [STEPS[step], (commit, "commit_rewrites", STEPS[step][2])][: 1 + (STEPS[step][0] is commit)]:
         trap(*place)
     with local_tasks():
-        OPERATIONS[operation](target)
+        OPERATIONS[operation](uri=target)

@@ -32,13 +32,14 @@ class Orders:
     uri: str
     options: dict[str, str] | None = None
     mode: str = "append"
+    stream: bool = False
     job_id: str | None = None
     first: int = 0
     blocks: int = 2
     repeat: int = 1
     """Writes one after the other, each of its own rows."""
     die: str = ""
-    """``before`` or ``after`` the commit."""
+    """``before`` or ``after`` the commit; of a stream, the first one."""
     hold: str = ""
     """``tasks``: the last block is held back until the sign ``go``. ``start``: the write begins with it."""
 
@@ -133,9 +134,10 @@ def write(orders: Orders, turn: int = 0) -> Any:
         orders.uri,
         storage_options=orders.options,
         mode=orders.mode,
+        stream=orders.stream,
         job_id=orders.job_id,
         min_rows_per_file=BLOCK,
-        ray_remote_args={"num_cpus": 0.5},
+        ray_remote_args=None if orders.stream else {"num_cpus": 0.5},
     )
 
 

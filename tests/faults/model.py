@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 import lance_ray
-from lance_ray import columns, commit, compaction, index_build
+from lance_ray import column_jobs, column_values, commit, compaction, index_build
 from lance_ray.errors import CommitConflictError, SnapshotChangedError
 from lance_ray.executors import LocalExecutor
 from tests.faults.stores import Place
@@ -41,11 +41,11 @@ class State:
 def local_tasks() -> Iterator[None]:
     """Tasks run one after the other in a thread of this process."""
 
-    def executor(workers: columns.ColumnWorkers, operation: str, *, stateful: bool) -> LocalExecutor:
-        return LocalExecutor(1, columns.load if stateful else None)
+    def executor(workers: column_jobs.ColumnWorkers, operation: str, *, stateful: bool) -> LocalExecutor:
+        return LocalExecutor(1, column_values.load if stateful else None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns.ColumnWorkers, "executor", executor)
+        patch.setattr(column_jobs.ColumnWorkers, "executor", executor)
         patch.setattr(compaction, "RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
         patch.setattr(index_build, "on_cluster", lambda *args: index_build.Where(LocalExecutor(1), 1))
         yield

@@ -19,7 +19,7 @@ import pytest
 from lance.optimize import Compaction
 
 from lance_ray import CompactionReport, cleanup_orphans, commit, compact_files, compaction
-from lance_ray.errors import CommitOutcomeUnknownError, OperationFailedError, StorageError
+from lance_ray.errors import CommitOutcomeUnknownError, LanceRayError, OperationFailedError, StorageError
 from lance_ray.executors import LocalExecutor
 from lance_ray.planning.compaction import Rewritten
 from tests.blocks import assert_nothing_left_over, data_files, ids_of, rows_per_file, versions
@@ -51,22 +51,31 @@ def compacted(uri: str, **options: Any) -> CompactionReport:
     return report
 
 
-def remove_data_file(uri: str, fragment: int) -> str:
-    found = lance.dataset(uri).get_fragments()[fragment].metadata.files[0]
-    (Path(uri) / "data" / str(found.path)).unlink()
-    return str(found.path)
+def spoil(uri: str, fragment: int, how: str = "gone") -> str:
+    """Remove the file of a fragment, cut it, or put noise into it; returns its name."""
+    name = str(lance.dataset(uri).get_fragments()[fragment].metadata.files[0].path)
+    path = Path(uri) / "data" / name
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else bytes(255 - item for item in content))
+    return name
 
 
 # A task that fails
 
 
-def test_a_fragment_whose_file_is_gone_is_named_and_the_others_are_compacted(here: None, uri: str):
-    gone = remove_data_file(uri, 15)
+@pytest.mark.parametrize("how", ["gone", "cut", "garbled"])
+def test_a_fragment_that_cannot_be_read_is_named_and_the_others_are_compacted(here: None, uri: str, how: str):
+    spoilt = spoil(uri, 15, how)
     report = compacted(uri, on_failure="report")
     assert (report.done, report.failed) == (3, 1)
     assert 15 in report.failures[0].fragments
-    assert gone in str(report)
-    assert isinstance(report.failures[0].error.__cause__, StorageError)
+    assert isinstance(report.failures[0].error.__cause__, LanceRayError)
+    if how == "gone":
+        assert spoilt in str(report)
+        assert isinstance(report.failures[0].error.__cause__, StorageError)
     assert sorted(rows_per_file_of_metadata(uri)) == [10] * 10 + [100] * 3
     assert not (Path(uri) / "_lance_ray").exists()
 
@@ -76,7 +85,7 @@ def rows_per_file_of_metadata(uri: str) -> list[int]:
 
 
 def test_by_default_a_failed_task_is_an_error_after_the_others_are_committed(here: None, uri: str):
-    remove_data_file(uri, 15)
+    spoil(uri, 15)
     with pytest.raises(OperationFailedError, match="1 task") as caught:
         compacted(uri)
     assert caught.value.completed == 3

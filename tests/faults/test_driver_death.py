@@ -116,6 +116,20 @@ def test_killed_after_the_commit_and_run_again(place: Place, orders, mode: str):
     place.assert_holds([*former, *given.ids])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["append", "overwrite"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_in_a_stream_and_run_again(on_disk: Place, orders, when: str, mode: str):
+    on_disk.write(rows(-BLOCK, BLOCK))
+    given = orders(on_disk, mode=mode, stream=True, die=when)
+    killed(given)
+    committed = {"append": BLOCK, "overwrite": 2 * BLOCK}[mode] if when == "after" else 0
+    kept = list(FORMER) if mode == "append" or not committed else []
+    assert on_disk.ids() == [*kept, *given.ids[:committed]]
+    assert run_again(given).rows == 2 * BLOCK - committed
+    on_disk.assert_holds([*(FORMER if mode == "append" else ()), *given.ids])
+
+
 def test_killed_while_its_tasks_write_and_run_again(on_disk: Place, orders):
     on_disk.write(rows(-BLOCK, BLOCK))
     given = orders(on_disk, hold="tasks")

@@ -306,6 +306,15 @@ def test_a_run_of_this_process_is_alive_while_it_runs_and_dead_afterwards(place:
     assert place.files() == set()
 
 
+def test_a_run_whose_first_file_is_just_being_written_is_not_taken_for_a_dead_one(on_disk: Place):
+    begun = Path(on_disk.uri) / "_lance_ray" / "job" / "run" / ".tmpL54UX5"
+    begun.parent.mkdir(parents=True)
+    begun.write_text('{"plan": null, "oper')
+    report = cleanup_orphans(**on_disk.to)
+    assert (report.jobs, report.files) == ((), ())
+    assert begun.exists()
+
+
 def test_a_dry_run_lists_what_would_go_and_touches_nothing(everywhere: Place):
     abandoned(everywhere, "one", files=2)
     abandoned(everywhere, "two")

@@ -18,6 +18,7 @@ import pytest
 import ray.data
 
 from lance_ray import read_lance, write, write_lance, writing
+from lance_ray.block_refs import FEWEST_BLOCKS
 from lance_ray.datasink import TableSink
 from lance_ray.errors import LanceRayError, StorageError
 from lance_ray.ledger import JobRef
@@ -104,6 +105,15 @@ def test_a_write_task_dies_with_its_files_written_and_recorded(everywhere: Place
     assert flag.exists()
     assert report.rows == 400
     everywhere.assert_holds([*range(-100, -50), *range(400)])
+
+
+def test_a_task_that_writes_many_small_blocks_of_the_object_store_dies(place: Place, flag: Path, sink):
+    refs: list[Any] = [ray.put(pa.table({"id": pa.array([number], pa.int64())})) for number in range(FEWEST_BLOCKS)]
+    sink(DiesAfterWriting)
+    report = write_lance(ray.data.from_arrow_refs(refs), **place.to)
+    assert flag.exists()
+    assert report.rows == FEWEST_BLOCKS
+    place.assert_holds(range(FEWEST_BLOCKS))
 
 
 class DiesBetweenFiles(FaultySink):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pytest
 
 import lance_ray
-from lance_ray import ColumnsReport, add_columns, columns, commit, merge_columns, update_columns
+from lance_ray import ColumnsReport, add_columns, column_jobs, column_values, commit, merge_columns, update_columns
 from lance_ray.errors import (
     InvalidArgumentError,
     SchemaMismatchError,
@@ -36,10 +36,10 @@ Values = Callable[[int], Any]
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run one after the other in a thread of this process."""
 
-    def executor(workers: columns.ColumnWorkers, operation: str, *, stateful: bool) -> LocalExecutor:
-        return LocalExecutor(1, columns.load if stateful else None)
+    def executor(workers: column_jobs.ColumnWorkers, operation: str, *, stateful: bool) -> LocalExecutor:
+        return LocalExecutor(1, column_values.load if stateful else None)
 
-    monkeypatch.setattr(columns.ColumnWorkers, "executor", executor)
+    monkeypatch.setattr(column_jobs.ColumnWorkers, "executor", executor)
 
 
 def numbers(first: int, count: int) -> pa.Table:

@@ -542,7 +542,7 @@ def test_a_build_that_raced_a_change_of_rows_answers_right(uri, monkeypatch, act
             lance_ray.update_columns(uri, columns=["id"], transform={"id": "id + 7"}, progress=False)
 
     if act == "rewrite the column":
-        monkeypatch.setattr("lance_ray.columns.RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
+        monkeypatch.setattr("lance_ray.column_jobs.RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
     _meanwhile(monkeypatch, change)
     SCALARS[0].build(uri)
     indexes.assert_filters_agree(uri, SCALARS[0])
@@ -789,7 +789,7 @@ def _rewrite(uri: str, where: str, value: str, column: str = "id") -> None:
 
 @pytest.fixture
 def columns_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lance_ray.columns.RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
+    monkeypatch.setattr("lance_ray.column_jobs.RayExecutor", lambda *args, **kwargs: LocalExecutor(1))
 
 
 REWRITTEN = [

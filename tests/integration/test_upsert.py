@@ -173,8 +173,9 @@ def test_keys_of_every_type_are_matched(tmp_path: Path, kind: pa.DataType, value
     assert told == dict(zip(keys.to_pylist(), ["old", *["new"] * len(given)], strict=True))
 
 
-def test_rows_that_an_index_covers_are_found_by_their_new_values(tmp_path: Path):
-    uri = table_at(tmp_path / "t", stable=True)
+@pytest.mark.parametrize("stable", [False, True], ids=["addresses", "stable row ids"])
+def test_rows_that_an_index_covers_are_found_by_their_new_values(tmp_path: Path, stable: bool):
+    uri = table_at(tmp_path / "t", stable=stable)
     lance.dataset(uri).create_scalar_index("text", "BTREE")
     merge(uri, rows([3, 60], "new"))
     dataset = lance.dataset(uri)

@@ -40,6 +40,7 @@ from lance_ray.errors import (
     WorkerEnvironmentError,
     redact,
     storage_error_kind,
+    translate,
     translate_errors,
     unwrap,
 )
@@ -286,6 +287,34 @@ def test_a_store_that_does_not_serve_is_no_missing_table(refusals: dict[int, Sto
 )
 def test_the_kind_of_a_failure_follows_from_its_text(text: str, kind: str):
     assert storage_error_kind(text) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (
+            "Wrapped error: Commit result for version 11 is unknown: the commit may or may not have been applied; check"
+            " the table state before retrying: commit reported a conflict but the manifest could not be read back",
+            "other",
+        ),
+        ("Namespace error: Service unavailable: Service unavailable: busy, src/namespace.rs:1569:18", "transient"),
+        (
+            'Namespace error: Service unavailable: Failed to execute request: ConnectError("tcp connect error",'
+            " 127.0.0.1:9, Os { code: 111, kind: ConnectionRefused }), src/namespace.rs:1569:18",
+            "unreachable",
+        ),
+    ],
+)
+@pytest.mark.parametrize("raised", [OSError, ValueError])
+def test_what_a_catalog_or_a_commit_without_an_outcome_says_is_a_failure_of_the_store_and_no_conflict(
+    raised: type[Exception], text: str, kind: str
+):
+    if raised is ValueError and "Commit result" in text:
+        text = f"LanceError(IO): {text}"
+    error = translate(raised(text), "commit", "t")
+    assert isinstance(error, StorageError)
+    assert error.kind == kind
+    assert ".rs:" not in str(error)
 
 
 @pytest.mark.parametrize(

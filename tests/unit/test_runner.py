@@ -164,7 +164,9 @@ def test_the_window_is_refilled_before_an_outcome_is_handed_over() -> None:
 # Retries
 
 
-@pytest.mark.parametrize("error", [THROTTLED, ConnectionResetError()])
+@pytest.mark.parametrize(
+    "error", [THROTTLED, ConnectionResetError(), StorageError("nobody answers just now", kind="unreachable")]
+)
 def test_a_transient_error_is_retried_and_the_attempts_are_counted(error: BaseException) -> None:
     task = Flaky([error, error])
     outcomes = run(task)
