@@ -139,6 +139,13 @@ def test_a_later_filter_on_the_bytes_sees_the_bytes(table: str):
     assert {4} <= set(found["id"].to_pylist()) <= {1, 2, 3, 4}
 
 
+def test_a_later_filter_that_no_row_passes_leaves_no_rows_of_the_types_asked_for(table: str):
+    ids = ray.data.expressions.col("id")
+    for mode in ("bytes", "handles"):  # the remainder is left to Ray, and decided before a blob is read
+        source = source_of(table, blobs=mode).apply_predicate((ids >= 0) & (ids % 10 == 9))
+        assert run_here(source).num_rows == 0
+
+
 def test_several_tables_of_both_kinds_are_read_as_one(tmp_path: Path):
     tables = [blobs(tmp_path / name, name) for name in FORMATS]
     assert column(read_here(tables)) == VALUES * 3
