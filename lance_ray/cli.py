@@ -656,7 +656,7 @@ def _start(address: str | None) -> None:
     _check_answers(*(("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or "auto")))
     options: dict[str, Any] = {"address": address} if address else {}
     if not address and "RAY_ADDRESS" not in os.environ:
-        options = {"include_dashboard": False}
+        options = {"address": "local", "include_dashboard": False}  # not one that others have started here
     warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray starts processes by fork and exec, which is safe
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
