@@ -29,7 +29,10 @@ class KnownResources:
         """Wait for the cluster's answer, for a tenth of a second at most."""
         ask = getattr(getattr(executor, "_cluster_autoscaler", None), "get_total_resources", None)
         until = time.monotonic() + _PATIENCE_S
-        while ask is not None and not ask().cpu and time.monotonic() < until:
+        while ask is not None and time.monotonic() < until:
+            known = ask()
+            if known.cpu or known.gpu:
+                break
             time.sleep(_PAUSE_S)
 
     def on_execution_step(self, executor: Any) -> None:

@@ -80,7 +80,7 @@ def test_a_scheduler_of_another_kind_is_left_alone() -> None:
 def test_an_answer_that_does_not_come_is_waited_for_for_a_moment_only() -> None:
     class Silent:
         _cluster_autoscaler: Silent
-        cpu = 0.0
+        cpu = gpu = 0.0
 
         def get_total_resources(self) -> Silent:
             return self
