@@ -289,6 +289,9 @@ class _Done:
     @classmethod
     def of(cls, outcomes: Sequence[dict[str, Any]]) -> _Done:
         """The outcomes as one; raises RowCoverageError if a key was there twice."""
+        groups = [outcome["group"] for outcome in outcomes]
+        if len(groups) != len(set(groups)):  # then a key that comes twice would go unseen
+            raise LanceRayError(f"Ray Data gave the rows of a group in several parts: {sorted(groups)[:20]}")
         if twice := sum(outcome["duplicate"] for outcome in outcomes):
             examples = [item for outcome in outcomes for item in outcome["examples"]][:_EXAMPLES]
             raise RowCoverageError(duplicate=twice, examples={"duplicate": examples})
@@ -332,6 +335,7 @@ def merge_group(table: pa.Table, spec: MergeSpec) -> pa.Table:
     twice = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
     outcome: dict[str, Any] = {"duplicate": len(twice), "files": [], "addresses": "", "inserted": 0, "bytes": 0}
     outcome["examples"] = [str(item["values"]) for item in twice[:_EXAMPLES]]
+    outcome["group"] = table.column(_GROUP)[0].as_py()
     if not len(twice):
         found = _targets(spec, keys)
         places = pc.index_in(found.column(spec.on), value_set=keys)

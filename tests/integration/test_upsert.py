@@ -149,6 +149,32 @@ def test_types_and_order_of_columns_are_the_tables(uri: str):
     assert lance.dataset(uri).schema.names == ["id", "text"]
 
 
+def test_blobs_vectors_and_structs_are_replaced_as_they_are(tmp_path: Path):
+    uri = str(tmp_path / "t")
+    kinds = [
+        pa.field("id", pa.int64()),
+        pa.field("v", pa.list_(pa.float32(), 2)),
+        pa.field("s", pa.struct([("x", pa.int8())])),
+    ]
+    schema = pa.schema([*kinds, lance.blob_field("data", inline_size_threshold=8)])
+
+    def given(ids: list[int]) -> pa.Table:
+        columns = [
+            ids,
+            [[item, 0.5] for item in ids],
+            [{"x": item} for item in ids],
+            [bytes([item]) * 20 for item in ids],
+        ]
+        plain = pa.schema([*kinds, pa.field("data", pa.large_binary())])
+        return pa.table([pa.array(column, item.type) for column, item in zip(columns, plain, strict=True)], plain)
+
+    lance_ray.write_lance(ray.data.from_arrow(given([1, 2, 3])), uri, schema=schema)
+    changed = given([3, 4]).set_column(3, "data", pa.array([b"three" * 5, None], pa.large_binary()))
+    merge(uri, changed)
+    found = lance_ray.take(uri, keys=[4, 3, 1], on="id").to_pylist()
+    assert found == [*changed.to_pylist()[::-1], *given([1]).to_pylist()]
+
+
 KEYS: list[tuple[pa.DataType, list[Any]]] = [
     (pa.string(), ["a", "b", "c"]),
     (pa.binary(), [b"a", b"b", b"c"]),
