@@ -9,6 +9,7 @@ metadata, and those of the type of ``lance.blob``.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -99,12 +100,14 @@ class BlobHandle:
 
 
 def _row_numbers(parameter: str, given: Any) -> list[int]:
-    numbers = None if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__") else list(given)
-    if numbers is None or any(isinstance(item, bool) or not hasattr(item, "__index__") for item in numbers):
-        raise InvalidArgumentError(parameter, given, "must be a list of whole numbers")
-    if low := [int(item) for item in numbers if int(item) < 0 or int(item) >= 2**64]:
+    items = [None] if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__") else list(given)
+    try:
+        numbers = [operator.index(cast("Any", None if isinstance(item, bool) else item)) for item in items]
+    except TypeError:  # also of an array in the place of a number
+        raise InvalidArgumentError(parameter, given, "must be a list of whole numbers") from None
+    if low := [item for item in numbers if not 0 <= item < 2**64]:
         raise InvalidArgumentError(parameter, low, "must be whole numbers from 0 to 2^64 - 1")
-    return [int(item) for item in numbers]
+    return numbers
 
 
 def open_blobs(

@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import lance
@@ -323,7 +324,7 @@ def fold_job(
 
 def _unless_low(count: Any, low: int) -> Any:
     """A count that is as good as not given up to ``low``."""
-    return None if hasattr(count, "__index__") and count <= low else count
+    return None if isinstance(count, Integral) and int(count) <= low else count
 
 
 @dataclass(frozen=True, slots=True)

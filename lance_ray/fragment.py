@@ -27,7 +27,7 @@ from lance_ray.datasink import (
     row_of_file,
 )
 from lance_ray.errors import InvalidArgumentError
-from lance_ray.options import WriteOptions, check_mapping
+from lance_ray.options import WriteOptions, check_flag, check_mapping
 from lance_ray.retry import RetryPolicy
 from lance_ray.table import TableRef, address_of
 from lance_ray.write import WriteSpec, WrittenFile, write_blocks
@@ -116,6 +116,7 @@ class LanceFragmentWriter:
         if transform is not None and not callable(transform):
             raise InvalidArgumentError("transform", transform, "must be callable")
         address = address_of(locals())
+        check_flag("use_legacy_format", use_legacy_format is not None and use_legacy_format)
         if use_legacy_format and data_storage_version is None:
             data_storage_version = "legacy"
         options = WriteOptions(

@@ -24,8 +24,8 @@ from lance_ray.errors import (
     TableExistsError,
     TableNotFoundError,
     UnsupportedCallError,
-    redact,
     storage_error_kind,
+    tidy,
 )
 
 PACKAGES = {
@@ -227,7 +227,7 @@ def _message(error: Exception, secrets: Iterable[str]) -> str:
     for led in _chain(error):
         if str(led) not in message:
             message += f": {led}" if message else str(led)
-    return redact(message, secrets)
+    return tidy(message, secrets)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -1,6 +1,7 @@
-"""A node of three is taken away in the middle of an operation: ``python -m tests.faults.nodes FOLDER``.
+"""A node is taken away in the middle of an operation: ``python -m tests.faults.nodes FOLDER``.
 
-In a process of its own, since a process has one Ray only. The last line that it prints is what came of it, as JSON.
+There are three, of which the head does no work. In a process of its own, since a process has one Ray only. The last
+line that it prints is what came of it, as JSON.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.cluster_utils import Cluster
 
 import lance_ray
-from lance_ray import LanceRayError, compaction, index_build
+from lance_ray import LanceRayError, columns, compaction, index_build, search
 
 BLOCKS, BLOCK = 12, 50
 SLOW = 1.5
@@ -51,7 +54,7 @@ def make(signs: str, batch: dict[str, Any]) -> pa.Table:
 
 
 def warm(cluster: Cluster, seconds: float = 90) -> None:
-    """Return when each node has a worker that has imported everything, or raise."""
+    """Return when each node but the head, which does no work, has a worker that has imported everything, or raise."""
 
     @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
     def where() -> str:
@@ -61,7 +64,7 @@ def warm(cluster: Cluster, seconds: float = 90) -> None:
         return str(ray.get_runtime_context().get_node_id())
 
     deadline, seen = time.monotonic() + seconds, set[str]()
-    wanted = {item.node_id for item in cluster.list_all_nodes()}
+    wanted = {item.node_id for item in cluster.worker_nodes}
     while not wanted <= seen:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no worker on {wanted - seen}")
@@ -69,7 +72,7 @@ def warm(cluster: Cluster, seconds: float = 90) -> None:
 
 
 def while_a_node_goes(cluster: Cluster, signs: Path, action: Callable[[], Any]) -> dict[str, Any]:
-    """Run an action; once another node than the head works for it, take that node away."""
+    """Run an action; once a node works for it, take that node away."""
     signs.mkdir()
     warm(cluster)
     nodes = {item.node_id: item for item in cluster.worker_nodes}
@@ -115,52 +118,106 @@ def state(uri: str) -> dict[str, Any]:
         "ledger": (Path(uri) / "_lance_ray").exists(),
         "indexes": [item.name for item in dataset.describe_indices()],
         "fragments": len(dataset.get_fragments()),
+        "columns": dataset.schema.names,
     }
 
 
+class Operations:
+    """The operations, and the table that most of them work on: 600 rows in 60 fragments."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.wide = str(folder / "wide")
+        vectors = pa.FixedSizeListArray.from_arrays(np.repeat(np.arange(600, dtype=np.float32), 4), 4)
+        lance.write_dataset(pa.table({"id": np.arange(600), "vector": vectors}), self.wide, max_rows_per_file=10)
+
+    def write(self, name: str, **options: Any) -> dict[str, Any]:
+        """A write whose blocks are made slowly; over or beside 600 rows, but for a create."""
+        signs, uri = str(self.folder / name), str(self.folder / f"written {name}")
+        first = 0
+        if options["mode"] != "create":
+            lance.write_dataset(pa.table({"id": np.arange(BLOCKS * BLOCK)}), uri)
+            first = BLOCKS * BLOCK
+        ds = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(
+            lambda batch: shifted(make(signs, batch), first), batch_size=None
+        )
+        action = partial(lance_ray.write_lance, ds, uri, min_rows_per_file=BLOCK, **options)
+        return while_a_node_goes(self.cluster, Path(signs), action) | state(uri)
+
+    def held(self, name: str, module: Any, function: str, action: Callable[[], Any]) -> dict[str, Any]:
+        """An operation, with a worker function of it that takes its time; and what it returned, if that is a table."""
+        signs, original = self.folder / name, getattr(module, function)
+        setattr(module, function, Held(original, str(signs)))
+        got: list[Any] = []
+        try:
+            found = while_a_node_goes(self.cluster, signs, lambda: got.append(action()))
+        finally:
+            setattr(module, function, original)
+        rows = {"rows": got[0].to_pylist()} if got and isinstance(got[0], pa.Table) else {}
+        return found | state(self.wide) | rows
+
+    def read(self) -> dict[str, Any]:
+        """A read whose blocks are looked at slowly, where they are."""
+        signs = str(self.folder / "read")
+        seen: list[int] = []
+
+        def look() -> None:
+            ds = lance_ray.read_lance(self.wide, columns=["id"], fragment_group_size=5, override_num_blocks=BLOCKS)
+            slow = ds.map_batches(lambda batch: Held(lambda: batch, signs)(), batch_size=None)
+            seen.extend(int(row["id"]) for row in slow.take_all())
+
+        return while_a_node_goes(self.cluster, Path(signs), look) | state(self.wide) | {"seen": sorted(seen)}
+
+    def all(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each with a node that goes away in it."""
+        yield "create", self.write("create", mode="create")
+        yield "append", self.write("append", mode="append")
+        yield "overwrite", self.write("overwrite", mode="overwrite")
+        yield "stream", self.write("stream", mode="append", stream=True)
+        yield "read", self.read()
+        queries = np.repeat(np.array([[7], [599]], np.float32), 4, axis=1)
+        nearest = {"column": "vector", "q": queries, "k": 1, "use_index": False}
+        find = partial(lance_ray.vector_search, self.wide, nearest=nearest, columns=["id"], num_workers=6)
+        yield "search", self.held("search", search, "search_shard", find)
+        fewer: dict[str, Any] = {"target_rows_per_fragment": 50}
+        compact = partial(lance_ray.compact_files, self.wide, compaction_options=fewer, progress=False)
+        yield "compact", self.held("compact", compaction, "rewrite", compact)
+        add = partial(lance_ray.add_columns, self.wide, transform=doubled, output_schema=DOUBLED, progress=False)
+        yield "columns", self.held("columns", columns, "compute", add)
+        kind: dict[str, Any] = {"column": "id", "index_type": "BTREE", "num_segments": 6, "progress": False}
+        yield (
+            "index",
+            self.held("index", index_build, "build_segment", partial(lance_ray.create_scalar_index, self.wide, **kind)),
+        )
+
+
+DOUBLED = pa.schema([("twice", pa.int64())])
+
+
+def doubled(batch: pa.RecordBatch) -> pa.Table:
+    """A new column."""
+    return pa.table({"twice": pc.multiply(batch["id"], 2)})
+
+
+def shifted(table: pa.Table, first: int) -> pa.Table:
+    """The same rows with higher ids."""
+    return pa.table({"id": pc.add(table["id"], first)})
+
+
 def main(folder: Path) -> dict[str, Any]:
-    """Three operations, a node lost in each."""
+    """Every operation, a node lost in each."""
     directory = tempfile.mkdtemp(prefix="lr", dir="/tmp")  # Ray's sockets need paths of under 107 bytes
-    head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": directory}
+    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": directory}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    found: dict[str, Any] = {}
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
-        written, wide = str(folder / "written"), str(folder / "wide")
-        signs = str(folder / "write")
-        ds = ray.data.range(BLOCKS, override_num_blocks=BLOCKS).map_batches(
-            lambda batch: make(signs, batch), batch_size=None
-        )
-        found["write"] = while_a_node_goes(
-            cluster, Path(signs), lambda: lance_ray.write_lance(ds, written, min_rows_per_file=BLOCK)
-        )
-        found["write"] |= state(written)
-        lance.write_dataset(pa.table({"id": np.arange(600)}), wide, max_rows_per_file=10)
-        rewrite, build = compaction.rewrite, index_build.build_segment
-        compaction.rewrite = Held(rewrite, str(folder / "compact"))
-        found["compact"] = while_a_node_goes(
-            cluster,
-            folder / "compact",
-            lambda: lance_ray.compact_files(wide, compaction_options={"target_rows_per_fragment": 50}, progress=False),
-        )
-        found["compact"] |= state(wide)
-        compaction.rewrite = rewrite
-        index_build.build_segment = Held(build, str(folder / "index"))
-        found["index"] = while_a_node_goes(
-            cluster,
-            folder / "index",
-            lambda: lance_ray.create_scalar_index(
-                wide, column="id", index_type="BTREE", num_segments=6, progress=False
-            ),
-        )
-        found["index"] |= state(wide)
+        return dict(Operations(cluster, folder).all())
     finally:
         ray.shutdown()
         cluster.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
-    return found
 
 
 if __name__ == "__main__":

@@ -6,20 +6,33 @@ import ast
 import re
 from pathlib import Path
 
+from lance_ray.options import MODES
+from tests.faults import test_write_modes
+from tests.faults.death import OPERATIONS
+
 FOLDER = Path(__file__).parent
 ROW = re.compile(r"^\| ([^|]+) \| ([^|]+) \| (`[^|]+`) \|$", re.MULTILINE)
-ALL = ("read", "write", "compaction", "columns", "index", "search")
+WRITES = ("create", "append", "overwrite", "stream")
+"""Every way to write that the package has; ``ignore`` is a create that may find that there is nothing to do."""
+FULL = (*WRITES, "compaction")
+CHANGES = (*FULL, "columns", "index")
+ALL = (*CHANGES, "read", "search")
 REQUIRED = {
     "worker killed": ALL,
+    "node removed": ALL,
+    "driver killed": CHANGES,
     "storage, transient": ALL,
     "storage, lasting": ALL,
-    "node removed": ("write", "compaction", "index"),
-    "driver killed": ("write", "compaction", "columns", "index"),
-    "lost answer": ("write", "compaction", "index"),
-    "conflict": ("write", "compaction", "columns", "index"),
-    "disk full": ("write", "compaction", "columns", "index"),
-    "credentials expire": ("read", "write", "compaction"),
+    "lost answer": CHANGES,
+    "conflict": CHANGES,
+    "catalog down": CHANGES,
+    "credentials expire": (*FULL, "read"),
+    "disk full": CHANGES,
+    "object store full": ALL,
+    "poisoned block": (*FULL, "columns"),
 }
+"""Writes and compaction get every fault; what else changes a table being killed, lost answers and conflicts; reads and
+searches being killed and failing stores. What is more has come by itself."""
 
 
 def rows() -> list[tuple[str, str, list[str]]]:
@@ -39,8 +52,14 @@ def test_every_test_that_the_table_names_exists() -> None:
 
 
 def test_every_operation_has_the_faults_that_it_must_have() -> None:
-    have = {(fault, operation) for fault, operation, _ in rows()}
+    have = {(fault, operation) for fault, operations, _ in rows() for operation in operations.split(", ")}
     assert {(fault, operation) for fault, operations in REQUIRED.items() for operation in operations} - have == set()
+
+
+def test_the_write_modes_of_the_table_are_those_that_the_tests_and_the_package_have() -> None:
+    assert set(WRITES) <= set(test_write_modes.MODES)
+    assert {item["mode"] for item in test_write_modes.MODES.values()} == set(MODES) - {"ignore"}
+    assert set(WRITES) - {"stream"} <= set(OPERATIONS)
 
 
 def test_every_file_of_tests_is_in_the_table() -> None:

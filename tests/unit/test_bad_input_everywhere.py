@@ -25,13 +25,18 @@ from hypothesis import strategies as st
 from ray.data import Dataset
 
 import lance_ray
-from lance_ray import executors
+from lance_ray import catalog, executors
 from lance_ray.errors import InvalidArgumentError, LanceRayError, TableNotFoundError
 from tests.tables import numbers, write
 
 SECRET = "sEcReT-0123456789"
-FUNCTIONS = {name: found for name in lance_ray.__all__ if inspect.isfunction(found := getattr(lance_ray, name))}
-"""Every public function. Classes check their arguments in the tests of what they belong to."""
+CLASSES = {"LanceFragmentCommitter", "LanceFragmentWriter", "WarmWorkers"}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: found
+    for name in lance_ray.__all__
+    if inspect.isfunction(found := getattr(lance_ray, name)) or name in CLASSES
+}
+"""Every public function, and the classes that do something. Values check themselves in the tests of their modules."""
 WITHOUT_ARGUMENTS = {"get_global_pool", "patch_ray_data", "restore_ray_data"}
 
 
@@ -63,6 +68,9 @@ NEAREST = {"column": "vector", "q": np.zeros(4, np.float32), "k": 3}
 REST = lance_ray.LanceRestConfig(base_url="http://127.0.0.1:9")
 # Calls that are right but for what a test changes. An operation that goes through is found by what it starts.
 CALLS: dict[str, dict[str, Any]] = {
+    "LanceFragmentCommitter": {"uri": "t", "mode": "append"},
+    "LanceFragmentWriter": {"uri": "t"},
+    "WarmWorkers": {},
     "add_columns": {"uri": "t", "transform": one, "output_schema": pa.schema([("one", pa.float64())])},
     "add_columns_from": {"uri": "t", "transform": {"one": "id + 1"}},
     "alter_columns": {"uri": "t"},
@@ -156,6 +164,7 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "max_bytes": NO_NUMBER,
     "max_tasks": NO_NUMBER,
     "max_rows_per_file": NO_NUMBER,
+    "max_rows_per_group": NO_NUMBER,
     "min_rows_per_file": NO_NUMBER,
     "max_bytes_per_file": NO_NUMBER,
     "fragment_group_size": NO_NUMBER,
@@ -188,6 +197,7 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "enable_stable_row_ids": NO_FLAG,
     "allow_external_blob_outside_bases": NO_FLAG,
     "stream": NO_FLAG,
+    "use_legacy_format": NO_FLAG,
     "replace": NO_FLAG,
     "train": NO_FLAG,
     "retrain": NO_FLAG,
@@ -217,6 +227,7 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "default_scan_options": (5, {"rows": 3}),
     "dataset_options": (5, {"nope": 1}),
     "pool": (5, "pool"),
+    "retry_params": (5, {"nope": 1}),
     "columns": ({1: "x"}, 7, ["nope"]),
     "read_columns": ("x", 7, ["nope"]),
     "filter": ("id >", "nope = 3", 7, " "),
@@ -300,6 +311,7 @@ EXCEPTIONS: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
     ("create_index", "name"): ((7, ""), "the name of a new index"),
     ("create_scalar_index", "name"): ((7, ""), "the name of a new index"),
     ("nearest_join", "on"): ((7, []), "whether ds has the column is asked of its schema"),
+    ("LanceFragmentWriter", "transform"): ((7, {}, {"one": 1}), "may be None: a batch is written as it is"),
     ("update_columns", "ds"): ((7, "rows"), "may be None beside a transform"),
     ("read_lance", "full_text_query"): ((7, ""), "may be None"),
     ("drop_table", "table_id"): (([], 7, [1]), "a name alone is an address"),
@@ -443,7 +455,7 @@ def test_exactly_one_address_is_needed(
     assert state(root) == before
 
 
-CREATE = {"create_table", "write_lance"}
+CREATE = {"LanceFragmentWriter", "create_table", "write_lance"}
 
 
 @pytest.mark.parametrize("name", sorted(set(ADDRESSED) - CREATE - {"cleanup_orphans"}))
@@ -469,11 +481,18 @@ NOBODY = {
 }
 
 
-def test_a_store_where_nobody_answers_is_told_within_ten_seconds_by_every_function() -> None:
+NOWHERE: dict[str, dict[str, Any]] = {
+    "store": {"uri": "s3://bucket/table", "storage_options": NOBODY},
+    "catalog": {"uri": "rest://space/t", "rest_config": lance_ray.LanceRestConfig("http://127.0.0.1:9", SECRET)},
+}
+
+
+@pytest.mark.parametrize("where", NOWHERE)
+def test_a_place_where_nobody_answers_is_told_within_ten_seconds_by_every_function(where: str) -> None:
     def outcome(name: str) -> tuple[str, float, BaseException | None]:
         started = time.perf_counter()
         try:
-            addressed(name, uri="s3://bucket/table", storage_options=NOBODY)
+            addressed(name, **NOWHERE[where])
         except LanceRayError as error:
             return name, time.perf_counter() - started, error
         return name, time.perf_counter() - started, None
@@ -506,8 +525,6 @@ JUNK = st.one_of(
     st.just(np.zeros((2, 2))),
 )
 REPEATS = 12
-CHANGING = {"drop_table", "register_table", "set_global_pool", "init_global_pool", "patch_ray_data", "restore_ray_data"}
-"""What junk may tell to do something that the next example would see."""
 
 
 @pytest.fixture(scope="module")
@@ -515,25 +532,61 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fresh")
 
 
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - CHANGING - {"get_global_pool"}))
-@settings(
-    max_examples=REPEATS,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(data=st.data())
-def test_junk_gives_an_error_of_this_package_or_an_answer(
-    name: str, root: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
-) -> None:
+def names_in(place: Path) -> set[str]:
+    """Every file, but for what a catalog keeps of its own."""
+    names = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith("__manifest")}
+
+
+def assert_answered_or_refused(name: str, keyword: str, value: Any, place: Path) -> None:
+    """The call answers, goes on to its work, or is refused with an error of this package; then no file has changed."""
+    catalog._client.cache_clear()  # a catalog of an earlier example has another folder
+    before, started = names_in(place), time.perf_counter()
+    refused: LanceRayError | None = None
+    try:
+        call(name, **{keyword: value})
+    except LanceRayError as error:
+        refused = error
+    except Started:
+        """The value is one that it takes."""
+    assert time.perf_counter() - started < 5
+    if refused is not None:
+        assert ".rs:" not in str(refused)
+        assert names_in(place) == before, f"refused, and yet done in part: {refused}"
+    lance_ray.clear_global_pool()
+
+
+WITH_KEYWORDS = sorted({name for name, _ in keywords()} - WITHOUT_ARGUMENTS)
+JUNK_SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+def try_junk(name: str, source: Path, place: Path, data: st.DataObject) -> None:
     keyword = data.draw(st.sampled_from(sorted(item for function, item in keywords() if function == name)))
     value = data.draw(JUNK)
-    place = fresh / f"{time.monotonic_ns()}"
-    shutil.copytree(root, place)
-    monkeypatch.chdir(place)
-    started = time.perf_counter()
-    with contextlib.suppress(LanceRayError, Started):
-        call(name, **{keyword: value})
-    assert time.perf_counter() - started < 5
+    shutil.copytree(source, place)
+    with contextlib.chdir(place):
+        assert_answered_or_refused(name, keyword, value, place)
     shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("name", WITH_KEYWORDS)
+@settings(max_examples=REPEATS, derandomize=True, **JUNK_SETTINGS)
+@given(data=st.data())
+def test_junk_gives_an_error_of_this_package_or_an_answer(
+    name: str, root: Path, fresh: Path, data: st.DataObject
+) -> None:
+    try_junk(name, root, fresh / f"{time.monotonic_ns()}", data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_KEYWORDS)
+@settings(max_examples=10 * REPEATS, **JUNK_SETTINGS)
+@given(data=st.data())
+def test_much_junk_gives_an_error_of_this_package_or_an_answer(
+    name: str, root: Path, fresh: Path, data: st.DataObject
+) -> None:
+    try_junk(name, root, fresh / f"{time.monotonic_ns()}", data)
