@@ -130,6 +130,7 @@ def test_killed_in_a_stream_and_run_again(on_disk: Place, orders, when: str, mod
     on_disk.assert_holds([*(FORMER if mode == "append" else ()), *given.ids])
 
 
+@pytest.mark.slow
 def test_killed_while_its_tasks_write_and_run_again(on_disk: Place, orders):
     on_disk.write(rows(-BLOCK, BLOCK))
     given = orders(on_disk, hold="tasks")

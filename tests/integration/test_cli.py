@@ -225,6 +225,7 @@ def test_copy_tells_formats_by_their_ends_and_asks_where_it_cannot(table: str, t
     assert "say --to" in refusal("copy", table, str(tmp_path / "a.csv.gz"))
 
 
+@pytest.mark.slow
 def test_a_copy_of_what_is_not_there_says_so_and_leaves_nothing(table: str, tmp_path: Path):
     for source in ("none.parquet", "none.csv", "none.lance", "none.json"):
         for target in ("new.lance", "new.csv"):

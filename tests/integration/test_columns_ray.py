@@ -444,7 +444,13 @@ TRANSFORMS: dict[str, tuple[Any, dict[str, Any], pa.DataType]] = {
 }
 
 
-@pytest.mark.parametrize(("transform", "options", "kind"), TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    ("transform", "options", "kind"),
+    [
+        pytest.param(*how, id=name, marks=[pytest.mark.slow] if name == "class" else [])  # actors take seconds to start
+        for name, how in TRANSFORMS.items()
+    ],
+)
 @pytest.mark.parametrize("filter", [None, "id < 150"])
 def test_columns_computed_by_ray_data_are_the_same(
     tmp_path: Path, transform: Any, options: dict[str, Any], kind: pa.DataType, filter: str | None
@@ -552,6 +558,7 @@ def test_an_opened_branch_is_changed_and_the_main_line_is_not(tmp_path: Path, ca
     assert changed == [1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_in_a_merge_costs_nothing_but_time(tmp_path: Path):
     uri, marker = table_at(tmp_path / "t"), str(tmp_path / "died")
 

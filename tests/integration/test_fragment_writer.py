@@ -213,6 +213,7 @@ def test_batches_may_have_any_format(uri: str):
     assert written_rows(uri) == rows(0, 2).to_pylist() * 3
 
 
+@pytest.mark.slow
 def test_writers_are_made_on_actors_too(uri: str):
     source = dataset(rows(0, 3), rows(3, 2)).map_batches(
         LanceFragmentWriter, fn_constructor_args=[uri], batch_size=None, batch_format="pyarrow", concurrency=1

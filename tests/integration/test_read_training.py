@@ -35,6 +35,7 @@ def ids_of(consumer: DataIterator) -> list[int]:
     return [item for batch in consumer.iter_batches(batch_size=64) for item in batch["id"].tolist()]
 
 
+@pytest.mark.slow
 def test_two_consumers_see_every_row_once_in_every_epoch(table: Path) -> None:
     consumers = lance_ray.read_lance(table, override_num_blocks=6).streaming_split(2)
 

@@ -198,6 +198,7 @@ def test_warm_workers_stay_the_same_processes_between_calls(uri: str):
         lance_ray.vector_search(uri, nearest=spec, pool=workers)
 
 
+@pytest.mark.slow
 def test_the_global_pool_is_made_once_used_by_searches_and_forgotten(uri: str, caplog: pytest.LogCaptureFixture):
     assert lance_ray.get_global_pool() is None
     made = lance_ray.init_global_pool(1)
