@@ -13,7 +13,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from lance_ray.errors import InvalidArgumentError, StorageError, redact, storage_error_kind
 from lance_ray.executors import check_dataset, check_ray_options, unnamed_options
 from lance_ray.full_start import start_in_full
-from lance_ray.options import BLOB_BATCH_BYTES, check_mapping, check_positive
+from lance_ray.options import BLOB_BATCH_BYTES, check_choice, check_mapping, check_positive
 from lance_ray.retry import RetryPolicy, is_interruption
 
 _ROWS_AT_ONCE = 256
@@ -39,8 +39,7 @@ class Ingest:
             if not (isinstance(value, str) and value):
                 raise InvalidArgumentError(name, value, "must be the name of a column")
         check_mapping("fsspec_options", self.options)
-        if self.on_error not in ON_ERROR:
-            raise InvalidArgumentError("on_error", self.on_error, f"must be one of {list(ON_ERROR)}")
+        check_choice("on_error", self.on_error, ON_ERROR)
         check_positive("blob_batch_bytes", self.batch_bytes, optional=False)
         check_positive("threads", self.threads, optional=False)
 

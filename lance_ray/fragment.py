@@ -120,7 +120,7 @@ class LanceFragmentWriter:
         if use_legacy_format and data_storage_version is None:
             data_storage_version = "legacy"
         options = WriteOptions(
-            mode or "overwrite",
+            "overwrite" if mode is None else mode,
             schema,
             1024 * 1024,
             max_rows_per_file,
@@ -208,7 +208,7 @@ def write_fragment(
     """
     address = address_of(locals())
     options = WriteOptions(
-        mode or "overwrite",
+        "overwrite" if mode is None else mode,
         schema,
         1024 * 1024,
         max_rows_per_file,

@@ -43,7 +43,8 @@ class JoinSpec:
         check_text("on", self.on, optional=False)
         check_text("output", self.output, optional=False)
         check_flag("explode", self.explode)
-        check_text("prefix", self.prefix or None)
+        if not isinstance(self.prefix, str):
+            raise InvalidArgumentError("prefix", self.prefix, "must be text")
 
     @property
     def neighbours(self) -> pa.Schema:

@@ -261,8 +261,7 @@ class ScanOptions:
             raise InvalidArgumentError("nearest", "...", "cannot be combined with full_text_query in one read")
 
     def _check_blobs(self) -> None:
-        if self.blobs not in BLOB_MODES:
-            raise InvalidArgumentError("blobs", self.blobs, f"must be one of {list(BLOB_MODES)}")
+        check_choice("blobs", self.blobs, BLOB_MODES)
         check_positive("blob_batch_bytes", self.blob_batch_bytes, optional=False)
         wanted = self.blob_range
         if wanted is None:
@@ -314,6 +313,7 @@ def _fold_blobs(merged: dict[str, Any], rest: dict[str, Any]) -> None:
     which finds few rows, takes it.
     """
     mode, handling = merged["blobs"], rest.get("blob_handling")
+    check_choice("blobs", mode, BLOB_MODES)
     if isinstance(merged.get("blob_range"), list):
         merged["blob_range"] = tuple(merged["blob_range"])
     if handling is not None and mode != ("bytes" if handling == "all_binary" else "descriptors"):

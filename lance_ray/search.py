@@ -362,8 +362,8 @@ def vector_search(
     check_flag("fast_search", fast_search)
     if fast_search:
         options["fast_search"] = True
-    if not isinstance(oversample_factor, (int, float)) or not oversample_factor >= 1:
-        raise InvalidArgumentError("oversample_factor", oversample_factor, "must be at least 1")
+    if not isinstance(oversample_factor, (int, float)) or not 1 <= oversample_factor < math.inf:
+        raise InvalidArgumentError("oversample_factor", oversample_factor, "must be at least 1, and finite")
     workers = SearchWorkers.fold(num_workers, ray_remote_args, pool, progress)
     ref = TableRef.fold(
         uri,

@@ -134,6 +134,8 @@ def _text_query(query: Any, columns: str | Sequence[str] | None, parameter: str 
         names = (
             None if columns is None else strings("text_columns", (columns,) if isinstance(columns, str) else columns)
         )
+        if names == ():
+            raise InvalidArgumentError("text_columns", [], "must name a column")
         return query if names is None else _In(query, names)
     if isinstance(query, (FullTextQuery, Mapping)) or callable(query):
         return query

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -573,6 +573,33 @@ def try_junk(name: str, source: Path, place: Path, data: st.DataObject) -> None:
     shutil.rmtree(place)
 
 
+AWKWARD: tuple[Any, ...] = (
+    *(np.zeros((2, 2)), pa.table({"id": [1]}), object()),
+    *(2**70, -(2**70), float("nan"), float("inf"), b"\0", "", "\0", [], {}),
+    *([None], [b"x"], [2**70], [float("nan")], {"a": None}, {1: 2}, {"": ""}, {"id": True}, ["id"], "id"),
+)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(AWKWARD[:3], id="arrays and objects"),
+        pytest.param(AWKWARD[3:], id="others", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", WITH_KEYWORDS)
+def test_awkward_values_give_an_error_of_this_package_or_an_answer(
+    name: str, values: Sequence[Any], root: Path, fresh: Path
+) -> None:
+    place = fresh / f"{time.monotonic_ns()}"
+    for keyword in sorted(item for function, item in keywords() if function == name):
+        shutil.copytree(root, place)
+        with contextlib.chdir(place):
+            for value in values:
+                assert_answered_or_refused(name, keyword, value, place)
+        shutil.rmtree(place)
+
+
 @pytest.mark.parametrize("name", WITH_KEYWORDS)
 @settings(max_examples=REPEATS, derandomize=True, **JUNK_SETTINGS)
 @given(data=st.data())
@@ -584,7 +611,7 @@ def test_junk_gives_an_error_of_this_package_or_an_answer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_KEYWORDS)
-@settings(max_examples=10 * REPEATS, **JUNK_SETTINGS)
+@settings(max_examples=5 * REPEATS, **JUNK_SETTINGS)
 @given(data=st.data())
 def test_much_junk_gives_an_error_of_this_package_or_an_answer(
     name: str, root: Path, fresh: Path, data: st.DataObject
