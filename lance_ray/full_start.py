@@ -9,6 +9,7 @@ milliseconds in a cluster that has run something before.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ray.data import Dataset
@@ -26,14 +27,13 @@ class KnownResources:
     """
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Wait for the cluster's answer, for a tenth of a second at most."""
-        ask = getattr(getattr(executor, "_cluster_autoscaler", None), "get_total_resources", None)
-        until = time.monotonic() + _PATIENCE_S
-        while ask is not None and time.monotonic() < until:
-            known = ask()
-            if known.cpu or known.gpu:
-                break
-            time.sleep(_PAUSE_S)
+        """Wait for the cluster's answer, for a tenth of a second at most.
+
+        Not where a limit is in the plan: there the first small task often is all that has to run.
+        """
+        steps = getattr(executor, "_topology", ())
+        if not any(type(step).__name__ == "LimitOperator" for step in steps):
+            wait_for(getattr(getattr(executor, "_cluster_autoscaler", None), "get_total_resources", None))
 
     def on_execution_step(self, executor: Any) -> None:
         """Nothing to do."""
@@ -43,6 +43,16 @@ class KnownResources:
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
         """Nothing to do."""
+
+
+def wait_for(resources: Callable[[], Any] | None) -> None:
+    """Ask until there are CPUs or GPUs, or it has taken too long."""
+    until = time.monotonic() + _PATIENCE_S
+    while resources is not None and time.monotonic() < until:
+        known = resources()
+        if known.cpu or known.gpu:
+            return
+        time.sleep(_PAUSE_S)
 
 
 def start_in_full(ds: D) -> D:

@@ -17,14 +17,15 @@ WRITES = ("create", "append", "overwrite", "stream")
 FULL = (*WRITES, "compaction")
 CHANGES = (*FULL, "columns", "index")
 ALL = (*CHANGES, "read", "search")
+MERGE = ("merge",)
 REQUIRED = {
-    "worker killed": ALL,
+    "worker killed": ALL + MERGE,
     "node removed": ALL,
     "driver killed": CHANGES,
     "storage, transient": ALL,
     "storage, lasting": ALL,
-    "lost answer": CHANGES,
-    "conflict": CHANGES,
+    "lost answer": CHANGES + MERGE,
+    "conflict": CHANGES + MERGE,
     "catalog down": CHANGES,
     "credentials expire": (*FULL, "read"),
     "disk full": CHANGES,

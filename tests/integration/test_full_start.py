@@ -67,6 +67,16 @@ def test_without_the_wait_ray_runs_one_task_at_a_time(table: str) -> None:
     assert any(most_at_once(as_ray_does_it()) == 1 for _ in range(TRIES))
 
 
+def test_a_limit_starts_with_one_task_as_ray_does_it(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first task is a small one, and often enough."""
+    waited: list[Any] = []
+    monkeypatch.setattr("lance_ray.full_start.wait_for", waited.append)
+    assert len(lance_ray.read_lance(table).limit(10).take_all()) == 10
+    assert waited == []
+    assert lance_ray.read_lance(table).materialize().count() == 4000
+    assert len(waited) == 1
+
+
 def test_only_the_dataset_itself_is_marked(table: str) -> None:
     first, second = lance_ray.read_lance(table), lance_ray.read_lance(table)
     assert callbacks(first.context) == callbacks(second.context) == [KnownResources]
