@@ -115,7 +115,7 @@ def run(folder: Path, scale: float, sizes: Sequence[int] = SIZES) -> Iterator[Pl
         yield measure(uri, count)
     count = max(10, int(sizes[1] * scale))
     for asked in TASKS:
-        if asked <= count / 100:
+        if asked <= count / 50:
             yield measure(str(folder / f"repeated-{count}"), count, asked)
 
 

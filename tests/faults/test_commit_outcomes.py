@@ -318,6 +318,7 @@ def test_a_column_that_changed_under_the_very_commit_is_told_and_no_committed_fi
     [({"lose_answer": True}, True), ({"reset": True}, False)],
     ids=["the commit landed", "the commit was lost"],
 )
+@pytest.mark.slow
 def test_the_store_goes_down_with_the_commit(on_s3: Place, fault: dict[str, Any], landed: bool):
     on_s3.write(rows(0, 10))
     broken = proxy_of(on_s3).failing(manifest_put(then_down=True, **fault))
@@ -344,6 +345,7 @@ def test_after_an_unknown_outcome_a_clean_up_removes_what_did_not_land(on_s3: Pl
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"reset": True}], ids=["answers 503", "resets"])
+@pytest.mark.slow
 def test_a_commit_is_not_called_lost_because_its_history_cannot_be_read_just_now(on_s3: Place, commits, fault):
     on_s3.write(rows(0, 10))
     broken = Rule("GET", r"_versions/\d+\.manifest|_transactions/", **fault)
@@ -376,6 +378,7 @@ def test_an_interrupt_of_the_commit_itself_removes_no_file(on_disk: Place, commi
 # After the commit
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_after_the_commit_does_not_make_the_write_a_failure(on_s3: Place, commits, caplog):
     on_s3.write(rows(0, 10))
     broken = Rule("GET|DELETE|HEAD", "_lance_ray|list-type", status=503)

@@ -127,6 +127,7 @@ def test_vectors_are_trained_and_indexed_on_workers(on_disk: Place):
     assert indexes.recall(on_disk.uri, "l2", refine_factor=10) > 0.9
 
 
+@pytest.mark.slow
 def test_an_index_is_loaded_into_every_warm_worker(on_disk: Place):
     build(written(on_disk))
     with WarmWorkers(2) as pool:

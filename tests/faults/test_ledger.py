@@ -267,6 +267,7 @@ def test_files_of_a_dead_create_in_a_further_base_go_when_the_caller_names_the_b
     ],
     ids=["answers 503", "resets"],
 )
+@pytest.mark.slow
 def test_a_note_is_written_again_while_the_store_throttles_or_resets(on_s3: Place, rule: Rule):
     assert on_s3.s3 is not None
     job = on_s3.job()

@@ -77,6 +77,7 @@ def test_twenty_data_puts_fail_and_every_row_arrives_once(on_s3: Place, fault: d
     on_s3.assert_holds([*range(-100, -50), *range(400)])
 
 
+@pytest.mark.slow
 def test_a_create_through_twenty_failing_data_puts(on_s3: Place):
     rule = Rule("PUT", "/data/", count=20, status=503)
     with proxy_of(on_s3).failing(rule), ends_within(STATED):
@@ -176,6 +177,7 @@ def test_a_key_that_may_read_but_not_write(on_s3: Place):
 @pytest.mark.parametrize(
     ("action", "mode"), [("read", ""), ("write", "create"), pytest.param("write", "append", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_bucket_that_does_not_exist(s3: S3, action: str, mode: str):
     error = error_of(action, Place("s3://no-such-bucket/table", s3.options(), s3), mode)
     assert isinstance(error, StorageError)
@@ -191,6 +193,7 @@ def test_a_bucket_that_does_not_exist(s3: S3, action: str, mode: str):
         pytest.param("write", "append", "no-such-host.invalid:9000", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_an_endpoint_where_nobody_answers(s3: S3, action: str, mode: str, host: str):
     place = Place(f"s3://{BUCKET}/table", s3.options(aws_endpoint=f"http://{host}"), s3)
     error = error_of(action, place, mode)
@@ -215,6 +218,7 @@ def test_a_parent_that_is_a_file(tmp_path: Path, mode: str, below: str):
     assert parent.read_text() == "not a folder"
 
 
+@pytest.mark.slow
 def test_a_table_path_that_is_a_file(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("not a table")

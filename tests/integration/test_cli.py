@@ -139,6 +139,7 @@ def test_indexes_are_built_listed_refreshed_merged_and_dropped(table: str):
     run("index", "create", table, "--column", "id", "--type", "nonsense", code=cli.BAD_ARGUMENT)
 
 
+@pytest.mark.slow
 def test_copy_takes_any_format_of_ray_to_lance_and_back(table: str, tmp_path: Path):
     out = str(tmp_path / "out.parquet")
     run("copy", table, out, "--columns", "id,text", "--filter", "id < 4")
@@ -349,6 +350,7 @@ def test_the_installed_command_prints_nothing_but_its_result(table: str):
     assert json.loads(done.stdout)["rows"] == 20
 
 
+@pytest.mark.slow
 def test_the_command_says_how_to_install_what_it_needs():
     script = "import sys; sys.modules['typer'] = None; from lance_ray.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

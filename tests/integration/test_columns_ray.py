@@ -413,6 +413,7 @@ class Model:
         return {"new": np.full(batch.num_rows, os.getpid()), "loads": np.full(batch.num_rows, Model.loads)}
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once_in_each_of_the_workers_asked_for(tmp_path: Path):
     uri = table_at(tmp_path / "t")
     lance_ray.add_columns(uri, transform=Model, concurrency=1, read_columns=["id"], progress=False)

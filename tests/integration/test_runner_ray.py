@@ -30,12 +30,15 @@ def ray_executors(ray_session: None) -> Iterator[dict[str, Executor]]:
         yield {"tasks": RayExecutor(), "actors": actors}
 
 
-@pytest.fixture(params=["threads", "tasks", "actors"])
+ACTORS = pytest.param("actors", marks=pytest.mark.slow)  # each kind of state starts processes of its own
+
+
+@pytest.fixture(params=["threads", "tasks", ACTORS])
 def executor(request: pytest.FixtureRequest, ray_executors: dict[str, Executor]) -> Executor:
     return ray_executors.get(request.param) or LocalExecutor(2)
 
 
-@pytest.fixture(params=["tasks", "actors"])
+@pytest.fixture(params=["tasks", ACTORS])
 def processes(request: pytest.FixtureRequest, ray_executors: dict[str, Executor]) -> Executor:
     return ray_executors[request.param]
 

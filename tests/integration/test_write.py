@@ -209,6 +209,7 @@ def append_from_another_process(uri: str, first: int) -> tuple[int, int]:
     return os.getpid(), write_lance(dataset(rows(first, 5)), uri, mode="append").version
 
 
+@pytest.mark.slow
 def test_appends_of_other_processes_all_land(table: str):
     answers = ray.get([append_from_another_process.remote(table, 10 * n) for n in (1, 2)], timeout=120)
     assert len({pid for pid, _ in answers} | {os.getpid()}) == 3
@@ -781,6 +782,7 @@ def texts_of(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("mode", ["create", "append"])
+@pytest.mark.slow
 def test_an_endpoint_where_nobody_listens_ends_at_once_and_shows_no_secret(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
 ):

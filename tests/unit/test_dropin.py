@@ -299,6 +299,7 @@ def test_ray_itself_has_the_keywords_that_the_table_tells_of():
     assert set(write) - {"self"} == set(declared(RAY_WRITE))
 
 
+@pytest.mark.slow
 def test_the_number_of_cached_namespaces_is_set_by_their_environment_variable():
     program = "from lance_ray import catalog; print(catalog._client.cache_info().maxsize)"
     environment = {**os.environ, "LANCE_RAY_NAMESPACE_CACHE_SIZE": "3"}

@@ -224,6 +224,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_same_in_another_process(tmp_path: Path):
     program = tmp_path / "job.py"
     program.write_text(textwrap.dedent(PROGRAM))
