@@ -173,6 +173,7 @@ def test_a_job_at_work_is_not_touched_and_not_doubled(on_disk: Place, orders):
 # Interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_write_removes_its_files(place: Place, orders):
     place.write(rows(-BLOCK, BLOCK))
     given = orders(place, hold="tasks")

@@ -89,6 +89,7 @@ def test_a_write_that_ignores_what_exists_skips_when_it_loses_the_race(on_disk: 
     on_disk.assert_holds(ids_from(winner * 1000))
 
 
+@pytest.mark.slow
 def test_eight_racing_appends_all_land(everywhere: Place, together):
     everywhere.write(rows(-1, 1).slice(1))
     together(8)

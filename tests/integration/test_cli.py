@@ -341,6 +341,7 @@ def test_a_compaction_that_failed_in_part_says_so_by_its_exit_code(table: str, m
     run("compact", table, code=cli.PARTIAL)
 
 
+@pytest.mark.slow
 def test_the_installed_command_prints_nothing_but_its_result(table: str):
     command = [str(Path(sys.executable).with_name("lance-ray")), "info", table, "--json"]
     if not Path(command[0]).exists():  # a checkout that was not installed since the command came

@@ -46,6 +46,7 @@ def test_two_consumers_see_every_row_once_in_every_epoch(table: Path) -> None:
         assert sorted(item for share in shares for item in share) == WANTED
 
 
+@pytest.mark.slow
 def test_consumers_of_a_shuffled_filtered_and_narrowed_read_see_its_rows_once(table: Path) -> None:
     dataset = lance_ray.read_lance(table, shuffle=3, filter="id >= 100", override_num_blocks=6)
     consumers = dataset.filter(expr=col("id") < 1500).select_columns(["id"]).streaming_split(2)
@@ -111,6 +112,7 @@ def test_rows_that_an_index_found_are_shuffled_too(tmp_path: Path) -> None:
     assert orders[0] != orders[1] != orders[3]
 
 
+@pytest.mark.slow
 def test_what_is_shipped_stays_small_for_many_fragments(tmp_path: Path) -> None:
     write_many_fragments(tmp_path / "t", numbers(200), 20_000)
     source = source_of(tmp_path / "t")

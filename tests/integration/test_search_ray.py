@@ -182,6 +182,7 @@ def process_of(shared: Any, task: int) -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_warm_workers_stay_the_same_processes_between_calls(uri: str):
     spec = spec_of(3, use_index=False)
     with lance_ray.WarmWorkers(1) as workers:

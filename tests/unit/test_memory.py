@@ -44,6 +44,7 @@ def test_memory_freed_by_one_task_is_used_again_by_the_next_without_page_faults(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+@pytest.mark.slow
 def test_zero_bytes_leave_the_allocator_alone(monkeypatch):
     kept, count = faults(monkeypatch, 0)
     assert not kept
