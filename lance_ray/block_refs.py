@@ -37,14 +37,13 @@ def shares_of(ds: Dataset, share_bytes: int) -> list[tuple[Any, ...]]:
     return [tuple(refs[start : start + each]) for start in range(0, len(refs), each)]
 
 
-def write_shares(sink: TableSink, shares: Sequence[tuple[Any, ...]], at_once: int | None) -> None:
+def write_shares(sink: TableSink, shares: Sequence[tuple[Any, ...]], options: RunOptions) -> None:
     """Have the sink write each share in a task, and commit what they wrote.
 
     Raises:
         LanceRayError: the worker's own error, or TaskFailedError where it has no type of this package.
     """
     written: list[list[WrittenFile]] = [[] for _ in shares]
-    options = RunOptions(max_in_flight=at_once)
     try:
         with run_tasks(write_share, shares, shared=sink, options=options, operation="write_lance") as run:
             for outcome in run:

@@ -233,9 +233,7 @@ class CatalogClient(lance_namespace.LanceNamespace):
             return answer
 
         def may_pass(error: BaseException) -> bool:
-            if not self._answered or isinstance(
-                error, LanceRayError
-            ):  # an answer that took too long is waited for once
+            if not self._answered or isinstance(error, LanceRayError):  # what took too long is waited for once
                 return False
             if not method.startswith(_QUESTIONS):
                 return plugins.was_not_sent(error)

@@ -342,8 +342,7 @@ class _Run:
             latest = self._table.open_latest()
             operation.fitting(latest)
             return dataclasses.replace(self._done(latest.version), skipped=True)
-        if not job.is_open():
-            raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
+        job.check_open()
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
         try:
             receipt = commit.apply(self._table, operation, self._job.commit, commit.Landing(job.job_id, job.since))
@@ -372,14 +371,9 @@ class _Run:
     def tidy(self) -> None:
         """End the ledger. What failed for certain goes, or waits for the next run of a job that has a name."""
         job = self._job.spec.job
-        try:
-            if self._unsettled:
-                return
-            if self._committed is not None:
-                job.close(self._committed)  # the files of fragments that are gone are nobody's
-            elif self._job.commit.job_id is None or not self._results:
-                job.discard()
-            else:
-                logger.warning("%d finished fragment(s) wait for the next run of %s", len(self._results), job.job_id)
-        except LanceRayError as failure:  # what the caller must hear is how the job went
-            logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", job.job_id, failure)
+        if self._unsettled:
+            return
+        if self._committed is None and self._job.commit.job_id is not None and self._results:
+            logger.warning("%d finished fragment(s) wait for the next run of %s", len(self._results), job.job_id)
+        else:
+            job.end(self._committed)  # the files of fragments that are gone are nobody's

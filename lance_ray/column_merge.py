@@ -236,10 +236,9 @@ def add_columns_from(
     others append or change meanwhile are computed as ``add_columns`` does it.
 
     Keywords, result, errors and what is said of concurrent changes are those of :func:`lance_ray.add_columns`, but for
-    ``batch_format``: a plain function
-    takes a dict of lists unless the caller says otherwise, as lance-ray's does; ``pyarrow`` is quicker. No fragment is
-    finished before all values are computed, so that a run with a ``job_id`` which failed earlier leaves nothing to go
-    on from.
+    ``batch_format``: a plain function takes a dict of lists unless the caller says otherwise, as lance-ray's does;
+    ``pyarrow`` is quicker. No fragment is finished before all values are computed, so that a run with a ``job_id``
+    which failed earlier leaves nothing to go on from.
     """
     folded = fold_transform(
         transform,
@@ -528,8 +527,7 @@ class _Merge:
         spec, job = self._spec, self._spec.job
         if spec.update and not self._results:
             return spec.table.version
-        if not job.is_open():
-            raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
+        job.check_open()
         kind = UpdateColumns if spec.update else AddColumns
         operation = kind(spec.table, spec.output, self._results, complete=spec.full)
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
@@ -543,12 +541,8 @@ class _Merge:
 
     def tidy(self) -> None:
         """End the ledger; what was certainly not committed goes."""
-        if self._unsettled:
-            return
-        if self._committed:
-            self._spec.job.close(len(self._results))
-        else:
-            self._spec.job.discard()
+        if not self._unsettled:
+            self._spec.job.end(len(self._results) if self._committed else None)
 
 
 def grouped(

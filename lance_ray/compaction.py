@@ -623,8 +623,7 @@ class _Run:
     def _commit(self, plan: CompactionPlan, batch: tuple[Rewrite, ...]) -> None:
         if not batch:
             return
-        if not self._ledger.is_open():
-            raise LanceRayError(f"job {self._ledger.job_id} was ended by a clean-up before it could commit")
+        self._ledger.check_open()
         batch = tuple(sorted(batch, key=lambda item: item.task.fragments))  # new fragments are numbered in this order
         options = dataclasses.replace(self._job.commit, job_id=self._ledger.job_id)
         self._unsettled = True  # an interrupt leaves the outcome open, and so does an error that says so
@@ -672,12 +671,8 @@ class _Run:
 
     def tidy(self) -> None:
         """End the ledger and remove every file that is not in the table, unless a commit's outcome is unknown."""
-        if self._unsettled:
-            return
-        try:
-            self._ledger.close(self._report.done)
-        except LanceRayError as failure:  # what the caller must hear is how the compaction went
-            logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", self._ledger.job_id, failure)
+        if not self._unsettled:
+            self._ledger.end(self._report.done)
 
     def report(self) -> CompactionReport:
         """What was done so far."""

@@ -31,7 +31,6 @@ from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.errors import (
     CommitOutcomeUnknownError,
     InvalidArgumentError,
-    LanceRayError,
     SchemaMismatchError,
     TableExistsError,
 )
@@ -95,12 +94,7 @@ class TableSink(Datasink[list[WrittenFile]]):
         if job is None or self._receipt is not None or self._keep_files or isinstance(error, CommitOutcomeUnknownError):
             return
         self._keep_files = True  # once only: Ray may call twice
-        try:
-            removed = job.discard()
-        except LanceRayError as failure:  # what the caller must hear is why the job failed
-            logger.warning("files of the failed job %s are left for cleanup_orphans(): %s", job.job_id, failure)
-        else:
-            logger.info("removed %d file(s) of the failed job %s", len(removed), job.job_id)
+        job.end(None)
 
     def committing(self) -> None:
         """From now on an interrupt leaves the outcome open."""
@@ -133,8 +127,8 @@ def commit_files(
     if spec.target.mode == "append" and not fragments:
         return None
     job = spec.job
-    if job is not None and not job.is_open():
-        raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
+    if job is not None:
+        job.check_open()
     landing = landing or Landing(options.operation_id, spec.target.base_version)
     sink.committing()
     try:
@@ -366,10 +360,7 @@ class LanceDatasink(TableSink):
         super().on_write_complete(write_result)
         ledger = self._spec.job
         assert ledger is not None  # noqa: S101 - _resolved() gives it one
-        try:
-            ledger.close(sum(1 for file in self._written if file.rows))
-        except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
-            logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
+        ledger.end(sum(1 for file in self._written if file.rows))
         self._end()
 
     def on_write_failed(self, error: Exception) -> None:

@@ -22,7 +22,7 @@ from lance.indices import IndexConfig
 from lance_ray import commit
 from lance_ray.catalog import LanceRestConfig
 from lance_ray.commit import described_indices
-from lance_ray.errors import InvalidArgumentError, LanceRayError
+from lance_ray.errors import InvalidArgumentError
 from lance_ray.executors import check_ray_options, checked_ray_args
 from lance_ray.index_build import (
     Build,
@@ -463,14 +463,7 @@ def settled(ledger: JobRef, build: Build, operation: str) -> Iterator[None]:
             yield
     finally:
         if not build.unsettled:
-            _end(ledger, build.landed)
-
-
-def _end(ledger: JobRef, landed: int) -> None:
-    try:
-        ledger.close(landed)
-    except LanceRayError as failure:  # what the caller must hear is how the build went
-        logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
+            ledger.end(build.landed)
 
 
 def define(job: IndexJob, column: Column) -> IndexDef:

@@ -459,8 +459,7 @@ class Build:
 
     def put(self, segments: Sequence[Any], replaces: Callable[[Any], bool]) -> commit.CommitReceipt:
         """Commit the segments as of the version that they were built on, in the place of those that they replace."""
-        if not self.job.is_open():
-            raise LanceRayError(f"job {self.job.job_id} was ended by a clean-up before it could commit")
+        self.job.check_open()
         have = segments_of(self.table.open(), self.index.name, segments[0])
         replaced = [item for item in have if replaces(item)]
         operation = commit.PutIndex((self.column.id, self.column.type), tuple(segments), tuple(replaced))

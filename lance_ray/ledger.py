@@ -123,6 +123,11 @@ class JobRef:
         """Whether this run still may commit."""
         return _Store(self.table).contains(self._header)
 
+    def check_open(self) -> None:
+        """Raise LanceRayError if a clean-up has ended this run: its files may be gone."""
+        if not self.is_open():
+            raise LanceRayError(f"job {self.job_id} was ended by a clean-up before it could commit")
+
     @property
     def _folder(self) -> str:
         return f"{FOLDER}/{self.job_id}/{self.run}"
@@ -246,6 +251,19 @@ class JobRef:
             The data files removed.
         """
         return self._remove(self.orphans)
+
+    def end(self, committed: int | None) -> None:
+        """:meth:`close` the job, or with None :meth:`discard` it.
+
+        A failure is logged, not raised: what the caller must hear is how the job went.
+        """
+        try:
+            if committed is not None:
+                self.close(committed)
+            else:
+                logger.info("removed %d file(s) of the failed job %s", len(self.discard()), self.job_id)
+        except LanceRayError as failure:
+            logger.warning("files of job %s are left for cleanup_orphans(): %s", self.job_id, failure)
 
     def orphans(self) -> tuple[WrittenPath, ...]:
         """The recorded files that no version of the table refers to."""

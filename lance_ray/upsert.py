@@ -90,7 +90,7 @@ class MergeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeSpec:
+class UpsertSpec:
     """What the tasks share."""
 
     write: WriteSpec
@@ -204,7 +204,7 @@ def _merge(target: WriteTarget, ds: Any, options: MergeOptions, num_partitions: 
         raise InvalidArgumentError("ds", missing, f"must have these columns of the table, too: it has {known}")
     job = JobRef(table, options.commit.operation_id, table.version)
     write = WriteSpec(target, WriteOptions("append"), target.schema, job, write_retry())
-    spec = MergeSpec(write, on, num_partitions or 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
+    spec = UpsertSpec(write, on, num_partitions or 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
     check_cluster([table])
     with job.running("merge_into", exclusive=options.commit.job_id is not None):
         if options.commit.job_id is not None:
@@ -222,17 +222,17 @@ def _check_key(schema: pa.Schema, on: str) -> None:
         raise InvalidArgumentError("on", f"{on}: {kind}", "cannot be compared as a key")
 
 
-def _run(spec: MergeSpec, ds: Any, options: MergeOptions) -> MergeReport:
+def _run(spec: UpsertSpec, ds: Any, options: MergeOptions) -> MergeReport:
     """Match, write, delete, commit; what was certainly not committed is removed."""
     job, table, sent = spec.write.job, spec.table, False
     assert job is not None  # noqa: S101 - _merge() gives it one
     try:
         done = _Done.of(_written(spec, ds, options))
         if not done.files:
-            job.discard()
+            job.end(None)
             return MergeReport(table.ref.target, table.version, job_id=job.job_id, skipped=True)
         marked = _marked(spec, done.addresses, options)
-        _check_open(job)
+        job.check_open()
         sent = True  # an interrupt leaves the outcome open, and so does an error that says so
         once = dataclasses.replace(options.commit, max_attempts=1)  # what conflicts now will conflict again
         upsert = Upsert(table, done.files, marked)
@@ -241,9 +241,9 @@ def _run(spec: MergeSpec, ds: Any, options: MergeOptions) -> MergeReport:
         raise
     except BaseException as error:  # whatever it was goes on to the caller
         if not sent or isinstance(error, LanceRayError):
-            job.discard()
+            job.end(None)
         raise
-    job.close(len(done.files))
+    job.end(len(done.files))
     return MergeReport(
         table.ref.target,
         receipt.version,
@@ -255,12 +255,7 @@ def _run(spec: MergeSpec, ds: Any, options: MergeOptions) -> MergeReport:
     )
 
 
-def _check_open(job: JobRef) -> None:
-    if not job.is_open():
-        raise LanceRayError(f"job {job.job_id} was ended by a clean-up before it could commit")
-
-
-def _written(spec: MergeSpec, ds: Any, options: MergeOptions) -> list[dict[str, Any]]:
+def _written(spec: UpsertSpec, ds: Any, options: MergeOptions) -> list[dict[str, Any]]:
     """What :func:`merge_group` says of each group of keys."""
     workers = options.workers
     with unnamed_options():
@@ -304,7 +299,7 @@ class _Done:
         )
 
 
-def route(table: pa.Table, spec: MergeSpec) -> pa.Table:
+def route(table: pa.Table, spec: UpsertSpec) -> pa.Table:
     """Runs on a worker: some rows with the number of their group, which equal keys share."""
     wanted = spec.table.open().schema.names
     if missing := [name for name in wanted if name not in table.schema.names]:
@@ -321,13 +316,13 @@ def route(table: pa.Table, spec: MergeSpec) -> pa.Table:
     return table.select(wanted).append_column(_GROUP, groups)
 
 
-def _keys(table: pa.Table, spec: MergeSpec) -> pa.Array:
+def _keys(table: pa.Table, spec: UpsertSpec) -> pa.Array:
     """The keys of some rows, of the table's type."""
     aligned = align(to_arrow(table.select([spec.on])), spec.key).column(0).combine_chunks()
     return aligned.chunk(0) if isinstance(aligned, pa.ChunkedArray) else aligned
 
 
-def merge_group(table: pa.Table, spec: MergeSpec) -> pa.Table:
+def merge_group(table: pa.Table, spec: UpsertSpec) -> pa.Table:
     """Runs on a worker: the rows of some keys as files, those that replace others first; and which those are."""
     rows = to_arrow(table.drop_columns([_GROUP]))
     keys = _keys(rows, spec)
@@ -349,7 +344,7 @@ def merge_group(table: pa.Table, spec: MergeSpec) -> pa.Table:
     return pa.table({"outcome": [json.dumps(outcome)]})
 
 
-def _targets(spec: MergeSpec, keys: pa.Array) -> pa.Table:
+def _targets(spec: UpsertSpec, keys: pa.Array) -> pa.Table:
     """The rows of the table that have one of the keys: key, row id and address of each."""
     dataset = spec.table.open()
     indexed = any(list(item.field_names) == [spec.on] for item in dataset.describe_indices())
@@ -384,7 +379,7 @@ def _with_row_ids(files: Iterable[WrittenFile], ids: np.ndarray) -> Iterator[str
         yield json.dumps(metadata.to_json())
 
 
-def _marked(spec: MergeSpec, addresses: np.ndarray, options: MergeOptions) -> dict[int, str | None]:
+def _marked(spec: UpsertSpec, addresses: np.ndarray, options: MergeOptions) -> dict[int, str | None]:
     """The metadata of each fragment without the rows at these addresses; None for one that has no others."""
     addresses = np.sort(addresses)
     fragments, starts = np.unique(addresses >> np.uint64(32), return_index=True)

@@ -22,7 +22,6 @@ from lance_ray.commit import CommitReceipt, Landing
 from lance_ray.datasink import TableSink, check_target, check_workers, commit_files, files_schema, write_retry
 from lance_ray.errors import (
     InvalidArgumentError,
-    LanceRayError,
     StorageError,
     TableExistsError,
     TableNotFoundError,
@@ -33,6 +32,7 @@ from lance_ray.executors import check_dataset, check_ray_options
 from lance_ray.full_start import start_in_full
 from lance_ray.ledger import JobRef
 from lance_ray.options import CommitOptions, OpenOptions, WriteOptions, check_flag, check_positive, pairs
+from lance_ray.runner import RunOptions
 from lance_ray.table import PinnedTable, TableRef, WriteTarget, address_of
 from lance_ray.write import WriteSpec, WrittenFile, write_blocks
 
@@ -285,10 +285,7 @@ def _run(job: WriteJob, write: _Write) -> WriteReport:
         if mode != "ignore":
             raise
         return _report(job, target.table, (), None, started, skipped=True)
-    try:
-        ledger.close(sum(1 for file in done.files if file.rows))
-    except LanceRayError as failure:  # the rows are in the table, so this is no failure of the write
-        logger.warning("the ledger of job %s is left for cleanup_orphans(): %s", ledger.job_id, failure)
+    ledger.end(sum(1 for file in done.files if file.rows))
     return _report(job, target.table, done.files, done.receipts, started, skipped=done.skipped)
 
 
@@ -324,7 +321,8 @@ def _run_tasks(job: WriteJob, ds: Dataset, spec: WriteSpec, options: CommitOptio
         plain = sink.fallback_schema is not None and not remote_args  # Arrow blocks, and no wishes for Ray's tasks
         shares = shares_of(ds, share_bytes) if plain and share_bytes else []
         if shares:
-            write_shares(sink, shares, job.concurrency)
+            quiet = None if ds.context.enable_progress_bars else False
+            write_shares(sink, shares, RunOptions(max_in_flight=job.concurrency, progress=quiet))
         else:
             start_in_full(ds).write_datasink(sink, ray_remote_args=remote_args, concurrency=job.concurrency)
     except BaseException as error:

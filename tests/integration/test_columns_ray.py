@@ -24,8 +24,10 @@ from lance_ray.errors import (
     RowCoverageError,
     SchemaMismatchError,
     SnapshotChangedError,
+    StorageError,
     TaskFailedError,
 )
+from lance_ray.ledger import JobRef
 from tests.blocks import assert_nothing_left_over, versions
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -64,6 +66,19 @@ def ids_and(uri: str, name: str) -> dict[int, Any]:
 
 def merge(uri: str, *blocks: pa.Table, **options: Any) -> lance_ray.ColumnsReport:
     return lance_ray.merge_columns_from(uri, ray.data.from_arrow(list(blocks)), progress=False, **options)
+
+
+def test_a_ledger_that_cannot_be_ended_makes_no_failure_of_a_merge_that_landed(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refused(*args: Any) -> None:
+        raise StorageError("no", kind="denied")
+
+    monkeypatch.setattr(JobRef, "close", refused)
+    report = merge(uri, source(uri, "id", values=int16s), on="id")
+    assert report.version == lance.dataset(uri).version
+    assert lance.dataset(uri).schema.names[-1] in report.columns
+    assert "left for cleanup_orphans" in caplog.text
 
 
 @pytest.mark.parametrize("on", [("_rowaddr",), ("_rowid",), ("id",), ("id", "key")], ids="+".join)

@@ -24,6 +24,7 @@ from lance_ray.errors import (
     StorageError,
     TableNotFoundError,
 )
+from lance_ray.ledger import JobRef
 from lance_ray.options import WriteOptions
 from lance_ray.table import TableRef, WriteTarget
 from lance_ray.write import WriteSpec
@@ -99,7 +100,7 @@ def test_many_keys_are_found_with_and_without_an_index(tmp_path: Path, index: bo
 
 def spec_of(uri: str) -> Any:
     target = WriteTarget.resolve(TableRef.fold(uri, {}), "append")
-    return upsert.MergeSpec(WriteSpec(target, WriteOptions("append"), target.schema), "id", 2)
+    return upsert.UpsertSpec(WriteSpec(target, WriteOptions("append"), target.schema), "id", 2)
 
 
 def test_a_fragment_of_which_all_rows_are_replaced_goes(uri: str):
@@ -262,6 +263,30 @@ def test_a_failed_merge_leaves_the_table_as_it_was(uri: str, monkeypatch: pytest
         merge(uri, rows([3, 60], "new"))
     assert texts(uri) == OLD
     assert data_files(uri) == before
+
+
+def test_a_ledger_that_cannot_be_ended_makes_no_failure_of_a_merge_that_landed(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(JobRef, "close", refused)
+    report = merge(uri, rows([3, 60], "new"), return_report=True)
+    assert report.version == lance.dataset(uri).version
+    assert texts(uri) == {**OLD, 3: "new 3", 60: "new 60"}
+    assert "left for cleanup_orphans" in caplog.text
+
+
+def test_a_ledger_that_cannot_be_ended_does_not_hide_why_the_merge_failed(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(JobRef, "discard", refused)
+    with pytest.raises(RowCoverageError):
+        merge(uri, rows([3], "new"), rows([3], "newer"))
+    assert texts(uri) == OLD
+    assert "left for cleanup_orphans" in caplog.text
+
+
+def refused(*args: Any) -> None:
+    raise StorageError("no", kind="denied")
 
 
 def test_an_answer_of_the_commit_that_is_lost_is_found_in_the_table(uri: str, monkeypatch: pytest.MonkeyPatch):
